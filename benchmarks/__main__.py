@@ -31,6 +31,7 @@ BENCHMARKS = {
     "data_wait": "commands",
     "splits": "splits",
     "evaluation": "evaluation",
+    "features": "features",
     "probe_step": "steps",
     "start": "commands",
 }

@@ -124,10 +124,19 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
         near = suggest(unknown[0], settings.datasets)
         yield f"trainer.online_eval.sources must name datasets of the catalog, got {unknown[0]}{near}"
     if trainer.online_eval.sources and count:
-        yield "trainer.online_eval cannot probe an average, whose sources do not change. Set trainer.online_eval.sources=[]."
+        yield "trainer.online_eval cannot probe an average, which has no trunk of its own. Set trainer.online_eval.sources=[]."
+    optim = trainer.optim
     grid = [len(trainer.model.get(name) or [1]) for name in ("lr_factors", "weight_decay_factors")]
     if math.prod(grid) > 1 and not data.hold_out and trainer.mode != "val":
         yield "trainer.data.hold_out must be above 0 to choose one of several probes, got 0. Set trainer.data.hold_out=0.1."
+    if math.prod(grid) > 1 and optim.gradient_clip is not None:
+        yield "trainer.optim.gradient_clip must be null for several probes: one norm would couple them. Set it to null."
+    if math.prod(grid) > 1 and "weight_decay" not in optim.options and grid[1] > 1:
+        yield "trainer.model.weight_decay_factors multiply trainer.optim.options.weight_decay, which is missing. Set both."
+    if data.hold_out and (trainer.mode == "train_only" or trainer.val_epoch_freq is None):
+        yield "trainer.data.hold_out needs validation, which evaluates what is held out. Set trainer.val_epoch_freq=1."
+    if data.balance and trainer.task.get("class_weights") == "balanced":
+        yield "Set trainer.data.balance or trainer.task.class_weights=balanced, not both: each makes up for class sizes."
     if settings.lr is not None and trainer.optim.lr_scale_factor != 1:
         yield "Set lr or lr_scale_factor, not both: lr is the peak for this batch; lr_scale_factor rescales the recipe's."
     # torch takes any name, and ignores it.

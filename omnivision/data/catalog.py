@@ -120,7 +120,7 @@ class Split:
             raise UserError(f"Dataset {dataset.name} has no {which} split. Set ++{where}.paths=FILE.npy.")
         self.dataset = dataset
         self.name = dataset.name
-        self.which = which
+        self.which: str = which
         self._prefix = resolve_prefix(dataset.prefix)
         if files.segments and dataset.kind != "video":
             raise UserError(
@@ -150,6 +150,7 @@ class Split:
         labels = np.array([self.label(index) for index in everything.tolist()])
         held = hold_out(groups, labels, share, seed=0)
         self.held_out = copy.copy(self)
+        self.held_out.which = "held_out"
         self.held_out.chosen, self.chosen = everything[held], everything[~held]
 
     def _at(self, index: int) -> int:

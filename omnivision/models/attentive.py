@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -46,6 +47,17 @@ class AttentiveProbe(nn.Module):
             tokens = block(tokens)
         pooled = self.cross(self.query.expand(len(tokens), -1, -1), tokens)[:, 0]
         return self.heads[head](self.norm(pooled))
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Return how much the query attends to each token, the mean over heads: (B, N), which adds up to 1."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        cross, query = self.cross.attn, self.cross.norm1(self.query)
+        (batch, count, width), heads = tokens.shape, cross.heads
+        q = cross.q(query).view(heads, width // heads)
+        k = cross.kv(self.cross.norm_memory(tokens)).view(batch, count, 2, heads, width // heads)[:, :, 0]
+        scores = torch.einsum("hd,bnhd->bhn", q, k) / math.sqrt(width // heads)
+        return scores.softmax(-1).mean(1)
 
 
 class AttentiveClassifier(nn.Module):

@@ -218,10 +218,11 @@ class VisionTransformer(nn.Module):
         """Return the tokens after each of the last `count` blocks, before the final LayerNorm: (B, count, N, D)."""
         x = self.embed(video, depth=depth)
         outputs = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             x = block(x)
-            outputs.append(x)
-        return torch.stack(outputs[-count:], 1)
+            if number >= len(self.blocks) - count:
+                outputs.append(x)
+        return torch.stack(outputs, 1)
 
     def positions_for(self, video: Tensor, table: Tensor) -> Tensor:
         """Return the rows of a position table (1, N, D), the trunk's or a decoder's, for this video or image: (1, N', D)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnivision.data.groups import group_paths, hold_out
 from omnivision.data.sampling import keyed_rng
-from omnivision.probing.methods import Scaler, effective_rank, fit_logistic, fit_sgd, knn_scores
+from omnivision.probing.methods import RANK_SAMPLES, Scaler, effective_rank, fit_logistic, fit_sgd, knn_scores
 from omnivision.probing.store import FeatureSplit
 from omnivision.tasks.metrics import confusion_matrix, mean_class_accuracy
 from omnivision.utils.errors import UserError, truncate_list
@@ -115,8 +115,6 @@ def make_data(
 ) -> Data:
     """Return both splits. Raises UserError as `samples_of`, and if they are of other classes or sizes."""
     where = f"{train.name}/{train.which} and {val.name}/{val.which}"
-    if list(train.class_names) != list(val.class_names):
-        raise UserError(f"{where} must have the same classes in the same order. Extract both from one dataset.")
     if train.features.shape[1:] != val.features.shape[1:]:
         raise UserError(
             f"{where} must have features of one shape, got {train.features.shape[1:]} and {val.features.shape[1:]}."
@@ -233,4 +231,5 @@ def probe(data: Data, methods: Sequence[str]) -> list[Result]:
 
 def rank_of(split: FeatureSplit) -> float:
     """Return the effective rank of a split's features; it needs no labels."""
-    return effective_rank(torch.from_numpy(np.array(split.features, dtype=np.float32)).flatten(1))
+    rows = np.linspace(0, len(split) - 1, min(len(split), RANK_SAMPLES)).astype(int)
+    return effective_rank(torch.from_numpy(flat_features(split, rows)))

@@ -6,7 +6,9 @@ do not depend on the number of processes; the one that finds all parts of a spli
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -207,7 +209,7 @@ def extract(
     """Write the missing features of a split to `folder`; its record has `rows` if none are missing any more.
 
     Args:
-        model: what identifies the model, as in features.json.
+        model: name, sha256 (which identifies it) and checkpoint, as in features.json.
         rank: this process, of `world_size` that share the parts.
         track: shows the progress of an iterator with a number of items.
 
@@ -224,6 +226,7 @@ def extract(
 
     def write_parts() -> Iterator[None]:
         for part, content in embed_parts(embed, dataset, missing, loader):
+            files[part].parent.mkdir(exist_ok=True)
             with replace_atomically(files[part]) as file:
                 arrays: dict[str, Any] = vars(content) | {"unreadable": np.array(content.unreadable, dtype=str)}
                 np.savez(file, **arrays)
@@ -237,9 +240,7 @@ def extract(
             record = join_parts(split, files, target, record)
             header = read_header(folder)
             write_header(folder, header.model_copy(update={"splits": header.splits | {key: record}}))
-            for file in files:
-                file.unlink()
-            files[0].parent.rmdir()
+            shutil.rmtree(files[0].parent, ignore_errors=True)
     return record
 
 
@@ -251,16 +252,16 @@ def claim(folder: Path, model: dict[str, str], config: FeatureConfig, split: Spl
     """Add a split to features.json, or check that it is the same; return its record. Raises UserError as `extract`."""
     key = f"{split.name}/{split.which}"
     try:
-        (folder / key / PARTS).mkdir(parents=True, exist_ok=True)
+        (folder / key).mkdir(parents=True, exist_ok=True)
         lock = file_lock(folder / ".lock")
         with lock:
             if not (folder / HEADER).exists():
                 write_header(folder, Header(model=model, config=config))
             header = read_header(folder)
-            data = {what: file_digest(Path(file)) for what, file in split.files().items()}
+            data = {what: file_digest(Path(file)) for what, file in split.files().items()} | describe_dataset(split)
             saved = header.splits.get(key)
             differing = [
-                *differences(header.model, model),
+                *differences({"sha256": header.model.get("sha256")}, {"sha256": model["sha256"]}),
                 *differences(header.config.model_dump(), config.model_dump()),
                 *(differences(saved.data, data) if saved else []),
             ]
@@ -280,9 +281,17 @@ def claim(folder: Path, model: dict[str, str], config: FeatureConfig, split: Spl
                     )
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written to, got {folder}: {error}.") from error
-    if record.rows is not None:
-        (folder / key / PARTS).rmdir()
     return record
+
+
+def describe_dataset(split: Split) -> dict[str, str]:
+    """Return what else decides which frames are read, and what labels mean."""
+    entry = split.dataset
+    names = ("kind", "prefix", "remove_prefix", "suffix", "remove_suffix", "fps", "frame_pattern")
+    facts = {name: str(getattr(entry, name)) for name in names if getattr(entry, name) not in ("", None)}
+    classes = entry.names() if entry.class_names else []
+    digest = hashlib.sha256("\n".join(classes).encode()).hexdigest()
+    return facts | ({"class_names": digest} if classes else {})
 
 
 def join_parts(split: Split, files: Sequence[Path], target: Path, record: SplitRecord) -> SplitRecord:

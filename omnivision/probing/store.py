@@ -30,11 +30,11 @@ ARRAYS = ("index", "labels", "paths", "times")  # besides the features
 
 
 class FeatureConfig(BaseModel):
-    """What is embedded of a video. All features in a folder have the same."""
+    """Which features of a video. All in a folder have the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    clips: int = 2  # per video, spread over it, or 1 with a window
+    clips: int = 2  # per video, spread over it; 1 with windows
     crops: Literal[1, 3] = 3  # per clip; features are averaged over clips and crops
     clip_duration: float  # seconds that a clip or window spans
     stride: float | None = None  # seconds from one window to the next; None: no windows, but clips
@@ -45,12 +45,12 @@ class FeatureConfig(BaseModel):
 
 
 class SplitRecord(BaseModel):
-    """The data of a split by its lists' hashes, and what came of it; `rows` is None until all its features exist."""
+    """What identifies the data of a split, and its number of rows, None until all its features exist."""
 
     model_config = ConfigDict(extra="forbid")
 
     samples: int
-    data: dict[str, str]
+    data: dict[str, str]  # hashes of the lists and class names; how paths and frames are read
     rows: int | None = None
     unreadable: list[str] = []  # "path: reason"
 

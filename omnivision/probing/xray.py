@@ -20,6 +20,7 @@ from omnivision.data.batch import Batch
 from omnivision.data.sampling import keyed_rng
 from omnivision.tasks.base import Visualization
 from omnivision.tasks.classify import average_views
+from omnivision.utils.errors import UserError
 
 INTACT = "intact"
 GREY_LEVEL = 128
@@ -99,6 +100,7 @@ class Xray:
     labels: np.ndarray  # int64 (V,)
     predicted: Mapping[str, np.ndarray]  # by change, int64 (V,)
     class_names: list[str]
+    unreadable: int = 0  # videos without a prediction
 
     def hits(self, change: str) -> np.ndarray:
         """Return 1 for each video that is recognized, else 0: float64 (V,)."""
@@ -155,10 +157,15 @@ def xray(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Xray:
-    """Classify each labelled video of `batches` intact and under each change. `average`: as in `average_views`."""
+    """Classify each labelled video of `batches` intact and under each change. `average`: as in `average_views`.
+
+    Raises UserError if they are not of at least two classes.
+    """
     labels: list[np.ndarray] = []
+    unreadable = 0
     predicted: dict[str, list[np.ndarray]] = {name: [] for name in CHANGES}
     for batch in batches:
+        unreadable += len(batch.bad)
         if not len(batch):
             continue
         index, label = batch.index[:: batch.views].tolist(), batch.label[:: batch.views].numpy()
@@ -173,11 +180,18 @@ def xray(
             scores = average_views(logits.float(), batch.views, average)
             predicted[name].append(scores.argmax(1).cpu().numpy()[label >= 0])
         labels.append(label[label >= 0])
-    return Xray(np.concatenate(labels), {name: np.concatenate(parts) for name, parts in predicted.items()}, class_names)
+    found = np.concatenate(labels) if labels else np.empty(0, np.int64)
+    if len(np.unique(found)) < 2:
+        raise UserError(
+            f"The videos must be of at least two classes, got {len(np.unique(found))}, and {unreadable} unreadable videos. Use "
+            "more videos, or check that they can be read."
+        )
+    joined = {name: np.concatenate(parts) for name, parts in predicted.items()}
+    return Xray(found, joined, class_names, unreadable)
 
 
 def verdict(intact: Measured, frozen: Measured, background: Measured, lost: Measured, chance: float) -> str:
-    """Return what recognition lives on: one of VERDICTS.
+    """Return what recognition relies on: one of VERDICTS.
 
     Args:
         frozen, background: what the middle frame alone, and the background alone, give.
@@ -197,7 +211,7 @@ def verdict(intact: Measured, frozen: Measured, background: Measured, lost: Meas
 
 
 def overall_verdict(result: Xray) -> str:
-    """Return what the accuracy over all videos lives on."""
+    """Return what the accuracy over all videos relies on."""
     accuracy = result.accuracy
     return verdict(
         accuracy(INTACT), accuracy("middle frame"), accuracy("background"), result.loss("middle frame"), result.chance
@@ -205,7 +219,7 @@ def overall_verdict(result: Xray) -> str:
 
 
 def class_verdict(result: Xray, label: int) -> str:
-    """Return what the recognition of one class lives on, by its hits minus false alarms."""
+    """Return what the recognition of one class relies on, by its hits minus false alarms."""
     intact, frozen, background = (
         result.informedness(change, label) for change in (INTACT, "middle frame", "background")
     )
@@ -214,10 +228,10 @@ def class_verdict(result: Xray, label: int) -> str:
 
 
 VERDICTS = {
-    "motion": "it lives on motion: frozen videos are not recognized",
-    "place": "it lives on places: the background alone is recognized",
-    "appearance": "it lives on what a single frame shows, but not on the background alone",
-    "mixed": "it lives on several of these",
+    "motion": "it relies on motion: frozen videos are not recognized",
+    "place": "it relies on places: the background alone is recognized",
+    "appearance": "it relies on what a single frame shows, more than on the background",
+    "mixed": "it relies on several of these",
     "nothing": "it is not above chance",
 }
 
@@ -238,6 +252,7 @@ def summarize(result: Xray) -> dict[str, Any]:
     }
     return {
         "videos": len(result.labels),
+        "unreadable": result.unreadable,
         "chance": 100 * result.chance,
         "verdict": overall_verdict(result),
         "top1": {change: percent(result.accuracy(change)) for change in result.predicted},

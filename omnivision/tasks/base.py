@@ -17,13 +17,15 @@ class StepOutput:
     """Loss to differentiate (the mean over `count` samples) and, for the logs, sums over these samples.
 
     Micro-batches and ranks are weighted by their `count`, so that a step follows the mean over all counted samples.
-    `scores`, when evaluating a classifier: float (videos, classes), averaged over the views of a video.
+    `scores`, when evaluating a classifier: float (videos, classes), averaged over the views of a video. `logged_loss`: what a
+    step's log line shows, if it is not `loss`.
     """
 
     loss: Tensor
     count: int | Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
+    logged_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,7 +43,7 @@ class Classify(Task):
         labels: LabelSets,
         mixing: MixupCutmix | None = None,
         average: Literal["logits", "softmax"] = "logits",
-        class_weights: list[Annotated[float, Field(ge=0)]] | Literal["balanced"] | None = None,
+        class_weights: list[float] | Literal["balanced"] | None = None,
         label_counts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.labels = labels
@@ -52,14 +51,16 @@ class Classify(Task):
         self.average = average
         self.class_weights: list[Tensor] | None = None  # by head
         if class_weights == "balanced":
-            self.class_weights = [balanced_weights(counts) for counts in label_counts or ()] or None
+            assert label_counts is not None
+            self.class_weights = [balanced_weights(counts) for counts in label_counts]
         elif class_weights is not None:
-            if labels.classes != [len(class_weights)]:
+            numbers = class_weights if isinstance(class_weights, list) else []
+            if labels.classes != [len(numbers)] or not all(type(n) in (int, float) and 0 <= n < 1e9 for n in numbers):
                 raise UserError(
-                    f"trainer.task.class_weights must have a number for each class of the only head ({labels.classes}), got "
-                    f"{len(class_weights)}. Set as many, or balanced."
+                    "trainer.task.class_weights must be balanced, or a number >= 0 for each class of the only head "
+                    f"({labels.classes}), got {class_weights}. Change it."
                 )
-            self.class_weights = [torch.tensor(class_weights)]
+            self.class_weights = [torch.tensor(numbers, dtype=torch.float32)]
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Train on a batch, mixed if that is configured."""
@@ -84,7 +85,8 @@ class Classify(Task):
             loss = torch.stack([soft_cross_entropy(own, target, weights) for own in logits]).sum()
             hits = [_hits(own, class_weights) for own in logits.detach()]
             sums = {name: torch.stack([own[name] for own in hits]).mean() for name in hits[0]}
-            return StepOutput(loss, count, {"loss": loss.detach() * count / len(logits)} | sums)
+            mean = loss.detach() / len(logits)
+            return StepOutput(loss, count, {"loss": mean * count} | sums, logged_loss=mean)
         loss = soft_cross_entropy(logits, target, weights)
         return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(logits.detach(), class_weights))
 
@@ -119,7 +121,7 @@ class Classify(Task):
         """Choose by the metrics of the held-out part; return the metrics to log. Of equal probes, the first is chosen."""
         if not isinstance(model, AttentiveClassifier):
             return dict(metrics)
-        top1 = [float(metrics[f"top1_{number}"]) for number in range(len(model.grid))]
+        top1 = [float(metrics.get(f"top1_{number}", 0.0)) for number in range(len(model.grid))]
         best = top1.index(max(top1))
         model.selected.fill_(best)
         lr, weight_decay = model.grid[best]

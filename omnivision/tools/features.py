@@ -112,8 +112,10 @@ def features(
         out: The folder to write to. All features in it are of one model and the same views.
     """
     model = load_on_rank(checkpoint, options)
+    if what.window is not None and views.clips != VIEWS.clips:
+        raise UserError("--clips is for features of whole videos. Leave --clips or --window out.")
     config = with_options(feature_config(model, views, options), what, model)
-    splits = list(open_data(data, out, model.path, options, what))
+    splits = list(open_data(data, out, model.path, options, what, what.split or ()))
     incomplete = []
     for key, record in extract_all(model, splits, out, config, options).items():
         if record.rows is None:
@@ -129,8 +131,8 @@ def features(
 def process_position() -> tuple[int, int, int]:
     """Return rank, world size and local rank: of a job step started by srun, of torchrun, or of a single process."""
     for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, which srun may have started
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ):
         if all(name in os.environ for name in names):
             rank, world_size, local_rank = (int(os.environ[name]) for name in names)
@@ -140,10 +142,14 @@ def process_position() -> tuple[int, int, int]:
 
 def load_on_rank(checkpoint: str, options: DataOptions) -> VideoModel:
     """Load a model; with several processes, --device cuda is each one's own GPU."""
+    import torch
+
     from omnivision.tools.video_model import load
 
     _, world_size, local_rank = process_position()
-    device = f"cuda:{local_rank}" if options.device == "cuda" and world_size > 1 else options.device
+    device = options.device
+    if device == "cuda" and world_size > 1:  # SLURM may show each task only its own
+        device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     return load(checkpoint, device, options.trust_targets or [])
 
 
@@ -196,8 +202,10 @@ def open_data(
     checkpoint: Path,
     options: DataOptions,
     what: FeatureOptions = _WHAT,
+    splits: Sequence[Literal["train", "val"]] = (),
 ) -> Iterator[Split]:
-    """Yield the wanted splits of the datasets named in `data`, and one for all videos in it, whose list goes to `out`.
+    """Yield the wanted `splits` (default: all) of the datasets named in `data`, and one for all videos in it, whose list goes
+    to `out`.
 
     Raises UserError for unknown names.
     """
@@ -210,7 +218,7 @@ def open_data(
     names = [name for name in dict.fromkeys(data) if name in catalog.names or not os.path.exists(name)]
     for name in names:
         dataset = Dataset(name=name, **catalog[name].model_dump())
-        which = what.split or [split for split in ("train", "val") if getattr(dataset, split) is not None]
+        which = splits or [split for split in ("train", "val") if getattr(dataset, split) is not None]
         try:
             yield from [Split(dataset, split) for split in which]
         except UserError as error:

@@ -29,6 +29,7 @@ COMMANDS = {
     "reconstruct": "predict:reconstruct",
     "features": "features:features",
     "probe": "probe:probe",
+    "attention": "pictures:attention",
     "map": "pictures:map_features",
     "neighbors": "pictures:neighbors",
     "pca": "pictures:pca",

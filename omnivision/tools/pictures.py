@@ -13,6 +13,7 @@ from omnivision.utils.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from omnivision.probing.store import FeatureSplit
 
@@ -61,10 +62,7 @@ def pca(
     import torch
 
     from omnivision.models.patches import unnormalize_pixels
-    from omnivision.reporting.images import gif_bytes, moving, still
-    from omnivision.tasks.base import Visualization
     from omnivision.tools.video_model import load
-    from omnivision.utils.io import replace_atomically
 
     model = load(checkpoint, device, trust_targets or [])
     rate = resolve_fps(fps, [video])
@@ -75,20 +73,73 @@ def pca(
     for axis, size in enumerate(model.tubelet):
         colors = colors.repeat_interleave(size, axis)
     frames = unnormalize_pixels(views, channel_dim=1)[0].float().clamp(0, 1).permute(1, 2, 3, 0).cpu()
+    save_columns({"video": frames, "principal components": colors}, out)
+    return 0
 
-    def to_bytes(pixels: torch.Tensor) -> np.ndarray:
-        return (pixels * 255).round().byte().numpy()
 
-    shown = Visualization(
-        {"video": to_bytes(frames), "principal components": to_bytes(colors)}, [0, len(frames) // 2, len(frames) - 1]
-    )
+def attention(
+    checkpoint: str,
+    video: str,
+    out: Path,
+    /,
+    *,
+    start: Annotated[float | None, Parameter(metavar="SECONDS")] = None,
+    force: Flag = False,
+    device: Device = "cpu",
+    fps: FrameRate = None,
+    frame_pattern: FramePattern = None,
+) -> int:
+    """Show where an attentive probe looks: what it attends to stays bright.
+
+    Brightness is the attention of the query to each token, the mean over heads, relative to the strongest.
+
+    Args:
+        checkpoint: A run directory of attentive probes (its best checkpoint) or a file.
+        video: A video, or a folder of its frames.
+        out: A .gif (animated) or a .png.
+        start: Where the clip begins (default: in the middle).
+        force: Replace OUT if it exists.
+    """
+    check_out(out, (".gif", ".png"), force)
+    import torch
+
+    from omnivision.models.attentive import AttentiveClassifier
+    from omnivision.models.patches import unnormalize_pixels
+    from omnivision.tools.video_model import load
+
+    model = load(checkpoint, device)
+    if not isinstance(model.model, AttentiveClassifier):
+        raise UserError(
+            f"{model.path} must hold attentive probes, got {type(model.model).__name__}. Give a run with "
+            "trainer/model=vit*_attentive."
+        )
+    rate = resolve_fps(fps, [video])
+    views = model.views(video, 1, 1, start=start, fps=rate, frame_pattern=frame_pattern)
+    with torch.inference_mode():
+        weights = model.model.probes[0].attention(model.trunk.norm(model.trunk(views)))[0].float().cpu()  # type: ignore[operator]
+    shown = (weights / weights.max()).unflatten(0, model.trunk.grid)[..., None]
+    for axis, size in enumerate(model.tubelet):
+        shown = shown.repeat_interleave(size, axis)
+    frames = unnormalize_pixels(views, channel_dim=1)[0].float().clamp(0, 1).permute(1, 2, 3, 0).cpu()
+    save_columns({"video": frames, "attended": frames * (0.15 + 0.85 * shown)}, out)
+    return 0
+
+
+def save_columns(columns: dict[str, Any], out: Path) -> None:
+    """Write columns of frames in [0, 1], each (T, H, W, 3), side by side as a GIF or PNG."""
+    from omnivision.reporting.images import gif_bytes, moving, still
+    from omnivision.tasks.base import Visualization
+    from omnivision.utils.io import replace_atomically
+
+    arrays = {name: (frames * 255).round().byte().numpy() for name, frames in columns.items()}
+    last = len(next(iter(arrays.values()))) - 1
+    shown = Visualization(arrays, sorted({0, last // 2, last}))
     with replace_atomically(out) as file:
         if out.suffix == ".gif":
             file.write(gif_bytes(moving(shown)))
         else:
             still(shown).save(file, "PNG")
     print(f"Wrote {out}")
-    return 0
 
 
 def component_colors(tokens: Any, skipped: int) -> Any:
@@ -130,9 +181,6 @@ def neighbors(
 
     from omnivision.probing.board import flat_features
     from omnivision.probing.store import blocks
-    from omnivision.reporting.images import gif_bytes, moving, still
-    from omnivision.tasks.base import Visualization
-    from omnivision.utils.io import replace_atomically
 
     own, others = (open_features(features, data, which) for which in (query_split, among))
     if query >= len(own):
@@ -150,13 +198,7 @@ def neighbors(
     columns = {f"video {query}: {class_name(own, query)}": read_frames(own, query)}
     for rank, row in enumerate(best, start=1):
         columns[f"{rank}. {class_name(others, row)}, {similarity[row]:.2f}"] = read_frames(others, row)
-    shown = Visualization(columns, [0, len(next(iter(columns.values()))) // 2])
-    with replace_atomically(out) as file:
-        if out.suffix == ".gif":
-            file.write(gif_bytes(moving(shown)))
-        else:
-            still(shown).save(file, "PNG")
-    print(f"Wrote {out}")
+    save_columns(columns, out)
     return 0
 
 
@@ -230,8 +272,9 @@ def class_name(split: FeatureSplit, row: int) -> str:
     return split.class_names[label] if split.class_names else str(label)
 
 
-def read_frames(split: FeatureSplit, row: int) -> np.ndarray:
-    """Return frames of a row's video, uint8 (T, H, W, 3), 96 x 96."""
+def read_frames(split: FeatureSplit, row: int) -> Tensor:
+    """Return frames of a row's video, in [0, 1]: (T, 96, 96, 3); black if it cannot be read."""
+    import numpy as np
     import torch
 
     from omnivision.data.views import EvalView
@@ -240,6 +283,6 @@ def read_frames(split: FeatureSplit, row: int) -> np.ndarray:
     times = None if split.times is None else tuple(split.times[row].tolist())
     frames = read_middle(str(split.paths[row]), 25.0, None, times)
     if frames is None:
-        return torch.zeros(12, 96, 96, 3, dtype=torch.uint8).numpy()
+        return torch.zeros(12, 96, 96, 3)
     view = EvalView(96)
-    return view.crop(view.prepare(frames), None).permute(0, 2, 3, 1).contiguous().numpy()  # type: ignore[arg-type]
+    return view.crop(view.prepare(frames), np.random.default_rng(0)).permute(0, 2, 3, 1) / 255

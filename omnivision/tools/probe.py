@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivision.data.groups import pattern_grouping
+from omnivision.reporting.logs import read_lines
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Regex
 from omnivision.tools.features import (
@@ -32,13 +33,13 @@ from omnivision.tools.features import (
 )
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import write_json
-from omnivision.utils.streams import announce, print_text, wide_console
+from omnivision.utils.streams import announce, print_text, warn, wide_console
 
 if TYPE_CHECKING:
     from omnivision.tools.video_model import VideoModel
 
 HEADER, RESULTS = "features.json", "probe.json"
-WAIT_SECONDS = 5
+POLL_SECONDS, WAIT_SECONDS = 5, 1800
 Method = Literal["knn", "logistic", "linear", "low-shot"]
 METHODS: tuple[Method, ...] = ("knn", "logistic", "linear", "low-shot")
 
@@ -83,36 +84,46 @@ def probe(
         sources: Folders of `omnivision features`; run directories or files, whose features are computed first (into
             RUN/features or FILE.features); or "random" ("random:1", ...), random weights of the model before it (of a seed).
     """
-    folders: list[Path] = []
-    attentive: dict[Path, tuple[list[str], dict[str, Any]]] = {}
+    if not what.data and any(not (Path(source) / HEADER).is_file() for source in sources):
+        raise UserError("--data must name the datasets to probe runs and files on. Set --data NAME.")
+    require_device(options.device)
+    folders: list[tuple[Path, str]] = []  # features, and the run that they are of, if any
     trained = None
     for source in sources:
         if (Path(source) / HEADER).is_file():
-            folders.append(Path(source))
+            folders.append((Path(source), ""))
             continue
-        if not what.data:
-            raise UserError(f"--data must name the datasets to probe {source} on. Set --data NAME.")
         random = re.fullmatch(r"random(?::(\d{1,9}))?", source)
         if random is None:
             trained = load_on_rank(source, options)
         elif trained is None:
             raise UserError("random must follow the run or file whose architecture it takes. Put it after one.")
         model = trained if random is None else randomize(trained, source, seed=int(random[1] or 0))
-        folders.append(extract(trained, model, what.data, views, options))
-        if random is None:
-            attentive[folders[-1]] = attentive_result(source)
+        folders.append((extract(trained, model, what.data or [], views, options), "" if random else source))
     rank, world_size, _ = process_position()
     if rank > 0:
         return 0
-    rows = [row for folder in folders for row in probe_folder(folder, what, options.device, wait=world_size > 1)]
-    for row in rows:
-        datasets, result = attentive.get(Path(row["source"]), ([], {}))
-        row["results"] += [result] * (row["dataset"] in datasets)
+    rows = []
+    for folder, run in folders:
+        if world_size > 1:
+            wait_for_features(folder, what.data or [])
+        rows += probe_folder(folder, what, options.device, run)
     print_tables(rows)
     if what.out is not None:
         write_json(what.out, rows)
         print_text(f"Wrote {what.out}")
     return 0
+
+
+def require_device(device: str) -> None:
+    """Raise UserError for a device that torch does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device must be available to torch, got {device!r}: {reason}") from None
 
 
 def randomize(model: VideoModel, name: str, seed: int) -> VideoModel:
@@ -135,24 +146,44 @@ def extract(
     """Compute the features of a model that do not exist yet, in a folder beside the trained one; return the folder."""
     path = trained.path
     beside = path.parent.parent / "features" if path.parent.name == "checkpoints" else Path(f"{path}.features")
-    folder = beside / (model.origin.sha256[:12] if model is trained else model.path.name.replace(":", "_"))
+    name = model.origin.sha256[:12] if model is trained else model.path.name.replace(":", "_")
+    folder = beside / f"{name}_{views.clips}x{views.crops}"
     splits = list(open_data(data, folder, path, options))
     extract_all(model, splits, folder, feature_config(model, views, options), options)
     return folder
 
 
-def probe_folder(folder: Path, what: ProbeOptions, device: str, wait: bool) -> Iterator[dict[str, Any]]:
-    """Probe each dataset in a folder of features; write probe.json beside them. Yields a row per dataset.
+def wait_for_features(folder: Path, data: Sequence[str]) -> None:
+    """Wait for the splits that other processes still compute. Raises UserError if nothing new appears for a long time."""
+    from omnivision.probing.store import read_header
 
-    wait: for features that other processes still compute.
+    seen, since = -1, time.monotonic()
+    while True:
+        splits = read_header(folder).splits
+        missing = [key for key, record in splits.items() if key.rpartition("/")[0] in data and record.rows is None]
+        if not missing:
+            return
+        parts = sum(1 for key in missing for _ in (folder / key).glob("parts/*.npz"))
+        if parts != seen:
+            seen, since = parts, time.monotonic()
+        elif time.monotonic() - since > WAIT_SECONDS:
+            raise UserError(
+                f"{folder} still lacks parts of {truncate_list(missing)}, and nothing new came for {WAIT_SECONDS / 60:.0f} "
+                "minutes: another process has failed. Run the same command again."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def probe_folder(folder: Path, what: ProbeOptions, device: str, run: str) -> list[dict[str, Any]]:
+    """Probe each dataset in a folder of features, write probe.json beside them, and return a row per dataset.
+
+    run: the directory of the run that the features are of, or "".
     """
     import torch
 
     from omnivision.probing import board
     from omnivision.probing.store import open_split, read_header
 
-    while wait and any(record.rows is None for record in read_header(folder).splits.values()):
-        time.sleep(WAIT_SECONDS)
     header = read_header(folder)
     complete = {key.rpartition("/")[0] for key in header.splits}
     paired = [name for name in sorted(complete) if {f"{name}/train", f"{name}/val"} <= header.splits.keys()]
@@ -170,7 +201,10 @@ def probe_folder(folder: Path, what: ProbeOptions, device: str, wait: bool) -> I
         results = []
         for method in what.methods or METHODS:
             announce(f"probe: {method} on {header.model['name']}, {name}")
-            results += board.probe(data, [method])
+            results += [asdict(result) for result in board.METHODS[method](data)]
+        for result in results:
+            for note in result["notes"]:
+                warn(f"{result['method']} on {name} {note}.")
         row = {
             "source": str(folder),
             "model": header.model,
@@ -178,23 +212,27 @@ def probe_folder(folder: Path, what: ProbeOptions, device: str, wait: bool) -> I
             "chance": 100 / data.classes,
             "train_videos": len(data.train),
             "rank": board.rank_of(train),
-            "results": [asdict(result) for result in results],
+            "results": results + attentive_results(run, name),
         }
         rows.append(row)
     write_json(folder / RESULTS, rows)
-    yield from rows
+    return rows
 
 
-def attentive_result(source: str) -> tuple[list[str], dict[str, Any]]:
-    """Return the datasets of a run of attentive probes and its result on them, from its summary; none for other sources."""
-    summary = RunDir(source).read_summary() if Path(source, "summary.json").is_file() else {}
-    last, metadata = summary.get("last") or {}, summary.get("run") or {}
-    if metadata.get("model") != "attentive" or "val_top1" not in last:
-        return [], {}
-    top1, videos = last["val_top1"], int(last["val_videos"])
-    error = math.sqrt(top1 * (100 - top1) / videos)
-    result = {"method": "attentive", "top1": top1, "spread": error, "videos": videos}
-    return list(metadata.get("sources") or []), result
+def attentive_results(run: str, dataset: str) -> list[dict[str, Any]]:
+    """Return the result of a run of attentive probes on one of its datasets, from its log; none for other runs."""
+    if not run or (RunDir(run).read_summary().get("run") or {}).get("model") != "attentive":
+        return []
+    file = RunDir(run).logs / "metrics.jsonl"
+    lines = [line for line in read_lines(file) if line.get("phase") == "val"] if file.is_file() else []
+    own = (lines[-1].get("per_source") or {}).get(dataset) if lines else None
+    if own is None:
+        return []
+    from omnivision.reporting.predictions import read_predictions
+
+    videos = len(read_predictions(RunDir(run).predictions / f"{dataset}.npz").index)
+    error = math.sqrt(own["top1"] * (100 - own["top1"]) / videos)
+    return [{"method": "attentive", "top1": own["top1"], "spread": error, "videos": videos, "notes": []}]
 
 
 def print_tables(rows: Sequence[dict[str, Any]]) -> None:

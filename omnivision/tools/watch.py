@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from omnivision.config.schema import OnlineMethod
+from omnivision.launch.slurm import squeue_or_none
+from omnivision.launch.slurm_jobs import QUEUED_STATUSES, run_status
+from omnivision.reporting.logs import read_lines
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag, at_least
 from omnivision.tools.features import DATA, DataOptions, open_data
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import LATEST, append_line, to_json
-from omnivision.utils.streams import print_text
+from omnivision.utils.io import LATEST, CorruptCheckpointError, append_line, to_json
+from omnivision.utils.streams import print_text, warn
 
 if TYPE_CHECKING:
     from omnivision.training.online_eval import OnlineSource
 
 LOG = "watch.jsonl"
-END_STATUS = ("finished", "failed", "interrupted")
 
 
 @Parameter(name="*")
@@ -31,14 +35,14 @@ class WatchOptions:
 
     Attributes:
         data: Datasets of the catalog, with labels.
-        methods: As trainer.online_eval.methods.
+        methods: What to measure (default: knn, logistic and rankme).
         limit: Videos of each split, drawn at random.
         interval: Seconds between looks for a new checkpoint.
         once: Probe the newest checkpoint and exit.
     """
 
     data: Annotated[list[str], Parameter(consume_multiple=True, metavar="NAME")]
-    methods: Annotated[list[OnlineMethod], Parameter(consume_multiple=True)] = ("knn", "logistic", "rankme")  # type: ignore[assignment]
+    methods: Annotated[list[OnlineMethod] | None, Parameter(consume_multiple=True)] = None
     limit: Annotated[int, at_least(2)] = 2000
     interval: Annotated[int, at_least(1)] = 60
     once: Flag = False
@@ -53,37 +57,41 @@ def watch(
 ) -> int:
     """Probe each new checkpoint of a run until the run ends.
 
-    The results are those of trainer.online_eval (two clips of one crop per video) and go to RUN/logs/watch.jsonl, from where
-    `omnivision report` draws them. Checkpoints that another one replaced meanwhile are left out. On a cluster:
+    The measurements are those of trainer.online_eval (two clips of one crop per video), in float32 unless --bfloat16 is given.
+    They go to RUN/logs/watch.jsonl, from where `omnivision report` draws them. Checkpoints that another one replaced meanwhile
+    are left out. On a cluster:
     sbatch --gpus=1 --wrap "omnivision watch RUN --data ucf101 --device cuda"
 
     Args:
         run: A run directory, in which a run trains or has trained.
     """
-    from omnivision.reporting.run_directory import RunDir
-
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} must be the directory of a run that has started; it has no config.yaml.")
-    sources: list[OnlineSource] = []
+    sources = draw_sources(run, what, options)
+    log = run / "logs" / LOG
+    done = {line.get("sha256") for line in read_lines(log)} if log.is_file() else set()
     for checkpoint in new_checkpoints(run, what):
-        if not sources:
-            sources = draw_sources(run, what, options)
-        line = probe_checkpoint(checkpoint, sources, what, options)
-        append_line(run / "logs" / LOG, to_json(line))
-        numbers = {name: value for name, value in line.items() if "_" in name}
+        try:
+            line = probe_checkpoint(checkpoint, sources, what, options, done)
+        except CorruptCheckpointError as error:  # replaced while it was read
+            warn(f"{error} It is left out.")
+            continue
+        if line is None:
+            continue
+        append_line(log, to_json(line))
+        done.add(line["sha256"])
+        numbers = {name: value for name, value in line.items() if name.startswith(tuple(f"{n}_" for n in what.data))}
         print_text(f"epoch {line['epoch'] + 1}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    status = RunDir(run).read_summary().get("status")
-    print_text(f"The run is {status}. Results: {run / 'logs' / LOG}")
+    print_text(f"The run is {run_status(RunDir(run), squeue_or_none())[0]}. Results: {log}")
     return 0
 
 
 def new_checkpoints(run: Path, what: WatchOptions) -> Iterator[Path]:
     """Yield the newest checkpoint whenever it has changed, until the run has ended."""
-    from omnivision.reporting.run_directory import RunDir
-
     path, seen = run / "checkpoints" / LATEST, None
     while True:
-        ended = what.once or RunDir(run).read_summary().get("status") in END_STATUS  # before a last look
+        status = run_status(RunDir(run), squeue_or_none())[0]  # before a last look
+        ended = what.once or status not in ("running", *QUEUED_STATUSES)
         if path.exists() and (stamp := path.stat().st_mtime_ns) != seen:
             seen = stamp
             yield path
@@ -109,11 +117,13 @@ def draw_sources(run: Path, what: WatchOptions, options: DataOptions) -> list[On
 
 
 def probe_checkpoint(
-    checkpoint: Path, sources: list[OnlineSource], what: WatchOptions, options: DataOptions
-) -> dict[str, Any]:
-    """Return a line as trainer.online_eval logs it."""
-    from datetime import timedelta
-
+    checkpoint: Path,
+    sources: list[OnlineSource],
+    what: WatchOptions,
+    options: DataOptions,
+    done: Collection[str | None],
+) -> dict[str, Any] | None:
+    """Return a line as trainer.online_eval logs it; None for a checkpoint whose hash is in `done`."""
     import torch
 
     from omnivision.config.schema import OnlineEvalSettings
@@ -123,18 +133,19 @@ def probe_checkpoint(
     from omnivision.training.online_eval import OnlineEval
     from omnivision.utils.signals import StopSignal
 
-    model = load(str(checkpoint), options.device, options.trust_targets or [])
-    progress = model.origin.progress
-    settings = OnlineEvalSettings(sources=what.data, every_epochs=1, limit=what.limit, methods=list(what.methods))
-    loader = LoaderConfig(options.num_workers)
-    online = OnlineEval(settings, sources, loader, model.config.clip_duration, None)
-    accelerator = "cuda" if model.device.type == "cuda" else "cpu"
-    dist = Dist(RankInfo(), accelerator, None, timedelta(minutes=30))
-    dtype = torch.bfloat16 if options.bfloat16 else None
+    model = load(checkpoint, options.device, options.trust_targets or [])
+    if model.origin.sha256 in done:
+        return None
+    settings = OnlineEvalSettings(
+        sources=what.data, every_epochs=1, limit=what.limit, methods=what.methods or ["knn", "logistic", "rankme"]
+    )
+    online = OnlineEval(settings, sources, LoaderConfig(options.num_workers), model.config.clip_duration, None)
+    dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=30))
+    dist.device = model.device
     start = time.monotonic()
-    found = online.evaluate(model.model, dist, dtype, StopSignal())
-    assert found is not None  # nothing asks it to stop
-    epoch, step, steps = (progress.get(name) or 0 for name in ("epoch", "step", "steps_per_epoch"))
+    metrics = online.evaluate(model.trunk, dist, torch.bfloat16 if options.bfloat16 else None, StopSignal())
+    assert metrics is not None  # nothing asks it to stop
+    epoch, step, steps = (model.origin.progress.get(name) or 0 for name in ("epoch", "step", "steps_per_epoch"))
     position = {"epoch": epoch - (step == 0), "step": epoch * steps + step}
-    return {"event": "epoch", "phase": "online", **position, "time": time.time(), **found[0],
-            "seconds": time.monotonic() - start, "sha256": model.origin.sha256}  # fmt: skip
+    times = {"time": time.time(), "seconds": time.monotonic() - start}
+    return {"event": "epoch", "phase": "online", **position, **metrics, **times, "sha256": model.origin.sha256}

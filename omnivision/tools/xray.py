@@ -10,11 +10,11 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from omnivision.tools.arguments import at_least
-from omnivision.tools.features import DATA, VIEWS, DataOptions, FeatureOptions, ViewOptions, feature_config, open_data
+from omnivision.tools.features import DATA, VIEWS, DataOptions, ViewOptions, feature_config, open_data
 from omnivision.tools.workers import track
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import write_json
-from omnivision.utils.streams import print_text, wide_console
+from omnivision.utils.streams import print_text, warn, wide_console
 
 if TYPE_CHECKING:
     from omnivision.data.batch import Batch
@@ -75,15 +75,15 @@ def xray(
     out = what.out or (model.path.parent.parent / FOLDER if in_run else Path(f"{model.path}.{FOLDER}"))
     names = what.data or sources_of(model)
     found: dict[str, dict[str, Any]] = {}
-    for split in open_data(names, out, model.path, options, FeatureOptions(split=["val"])):
-        if not split.has_labels():
-            raise UserError(
-                f"{split.name} has no labels. Give a dataset with labels of the model's classes, --data NAME."
-            )
+    for split in open_data(names, out, model.path, options, splits=["val"]):
+        if not split.has_labels() or split.dataset.kind != "video":
+            raise UserError(f"{split.name} must have videos with labels of the model's classes. Set --data NAME.")
         result, examples = examine(model, split, find_head(model, split), what.limit, views, options)
         found[split.name] = summarize(result)
         save_examples(examples, out, split.name)
         print_table(split.name, found[split.name])
+        if lost := found[split.name]["unreadable"]:
+            warn(f"{lost} videos of {split.name} could not be read. They are left out.")
     write_json(
         out / "xray.json", {"sha256": model.origin.sha256, "checkpoint": model.origin.checkpoint, "datasets": found}
     )
@@ -97,10 +97,13 @@ def sources_of(model: VideoModel) -> list[str]:
 
     settings = read_flat_file(model.path.parent.parent / "config.yaml") or {}
     prefix = "trainer.data.sources."
-    names = list(dict.fromkeys(key.removeprefix(prefix).split(".")[0] for key in settings if key.startswith(prefix)))
-    if not names:
-        raise UserError(f"--data must name datasets, because {model.path} is not in a run directory. Set --data NAME.")
-    return names
+    names = dict.fromkeys(key.removeprefix(prefix).split(".")[0] for key in settings if key.startswith(prefix))
+    validated = [name for name in names if settings.get(f"datasets.{name}.val.paths")]
+    if not validated:
+        raise UserError(
+            f"--data must name datasets, because {model.path} is not of a run that validates. Set --data NAME."
+        )
+    return validated
 
 
 def find_head(model: VideoModel, split: Split) -> int:
@@ -109,14 +112,19 @@ def find_head(model: VideoModel, split: Split) -> int:
     Raises UserError if there is none: labels would mean other classes.
     """
     own, heads = split.dataset.names(), model.config.class_names
-    if split.dataset.class_names is None:  # only numbers are known
+    if split.dataset.class_names is None:  # only their number is known
         matches = [head for head, names in enumerate(heads) if len(names) == split.dataset.num_classes]
     else:
         matches = [head for head, names in enumerate(heads) if names == own]
+    if len(matches) > 1 and split.dataset.class_names is None:
+        raise UserError(
+            f"Heads {matches} of {model.path} have {len(own)} classes, like {split.name}. Set class_names in its catalog "
+            "entry, to tell which is meant."
+        )
     if not matches:
         raise UserError(
-            f"{split.name} must have the classes of a head of {model.path}, in its order; they are "
-            f"{', '.join(heads[0][:5])}, ..., and there {', '.join(own[:5])}, .... Set datasets of these classes, --data NAME."
+            f"{split.name} must have the classes of a head of {model.path}, in its order: {truncate_list(heads[0])}; got "
+            f"{truncate_list(own) or 'an unknown number'}. Set --data NAME."
         )
     return matches[0]
 
@@ -163,7 +171,7 @@ def save_examples(examples: list[Batch], out: Path, name: str) -> None:
 
 
 def print_table(name: str, summary: dict[str, Any]) -> None:
-    """Print the accuracy under each change, what it loses, and what the classes live on."""
+    """Print the accuracy under each change, what it loses, and what the classes rely on."""
     from omnivision.probing.xray import VERDICTS
 
     console, _ = wide_console(highlight=False)

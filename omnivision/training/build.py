@@ -303,7 +303,9 @@ def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
     if optim.layer_decay is not None:
         factors["lr"] = layer_decay_scales(model, optim.layer_decay)
     if isinstance(model, AttentiveClassifier):
-        factors |= model.option_factors()
+        for option, own in model.option_factors().items():
+            known = factors.get(option, {})
+            factors[option] = known | {name: known.get(name, 1.0) * factor for name, factor in own.items()}
     groups = parameter_groups(model, optim.options, schedules, factors)
     if without := [name for group in groups if "lr" not in group.schedules for name in group.names]:
         raise UserError(
@@ -404,7 +406,7 @@ def build_trainer(
     if online is not None:
         require_trunk(built)
     used = train_splits + val_splits
-    ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
+    ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used + held)), data.bad_sample_budget)
     context = RunContext(
         dist,
         run_dir,

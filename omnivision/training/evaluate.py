@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from omnivision.config.schema import TrainerSettings
 from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
@@ -30,6 +31,12 @@ class Evaluation:
     per_source: dict[str, dict[str, Any]]
     predictions: dict[str, Predictions]
     bad: list[BadSample]
+
+
+def evaluation_settings(settings: TrainerSettings) -> dict[str, Any]:
+    """Return the settings that decide how a video is evaluated."""
+    names = ("num_frames", "clip_duration", "val_view", "val_clips", "val_spacing")
+    return {name: getattr(settings.data, name) for name in names} | {"average": settings.task.get("average")}
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from omnivision.data.frames import SeveralSeriesError, read_image
 from omnivision.data.sampling import EpochPlan, sample_duration
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.training import build
+from omnivision.training.online_eval import require_trunk
 from omnivision.utils.errors import UserError, collect_problems, truncate_list
 from omnivision.utils.io import BEST, LATEST, PREVIOUS, SHARDS_PREFIX
 
@@ -47,6 +48,8 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     model = collect_problems(problems, build.build_meta_model, settings)
     if model is not None:
         collect_problems(problems, build.build_optimizer, settings, model)
+        if settings.trainer.online_eval.sources:
+            collect_problems(problems, require_trunk, model)
         if settings.trainer.mode != "val":
             collect_problems(problems, check_disk_space, settings, model)
     warnings += run_warnings(settings, train, val, plan)

@@ -41,8 +41,8 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
 from omnivision.training import resume_checks
-from omnivision.training.evaluate import Evaluation, evaluate_model
-from omnivision.training.online_eval import OnlineEval
+from omnivision.training.evaluate import Evaluation, evaluate_model, evaluation_settings
+from omnivision.training.online_eval import OnlineEval, plain_trunk
 from omnivision.training.step_stats import (
     RunState,
     Step,
@@ -96,6 +96,7 @@ class Trainer:
         self.task = task
         self.train_data, self.val_data = train, val
         self.online_eval, self.held_out_data = online_eval, held_out
+        self.evaluation: dict[str, Any] = {}  # how the last one was made, for the summary
         self.raw_model: nn.Module = model.to(context.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
         if settings.compile:
@@ -265,7 +266,8 @@ class Trainer:
                     output = self.task.training_step(self.model, micro_batch)
                 self.scaler.scale(output.loss * (output.count / clips)).backward()
             outputs.append(output)
-            loss += output.loss.detach().double() * output.count
+            logged = output.loss if output.logged_loss is None else output.logged_loss
+            loss += logged.detach().double() * output.count
             count += output.count
         return outputs, loss, count
 
@@ -280,7 +282,10 @@ class Trainer:
         reporter = self.context.reporter
         stop.set_phase("validating", self.global_step)
         batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
-        with self._evaluated_weights():
+        with (
+            self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
+            summon_full_params(self.raw_model),
+        ):
             if not self._choose():
                 return None
             result = evaluate_model(self.task.evaluation_step, self.raw_model, batches, dist, self._autocast, stop)
@@ -321,23 +326,13 @@ class Trainer:
         stop = self.context.stop
         stop.set_phase("probing", self.global_step)
         start = time.monotonic()
-        with self._evaluated_weights():
-            found = online_eval.evaluate(self.raw_model, self.context.dist, self.amp_dtype, stop)
+        with self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext():
+            trunk = plain_trunk(self.raw_model)
+            found = online_eval.evaluate(trunk, self.context.dist, self.amp_dtype, stop)
         if found is None:
             self._save_and_stop()
-        metrics, bad = found
-        self.step_stats.record_bad(bad)
-        metrics = metrics | {"seconds": time.monotonic() - start}
+        metrics = found | {"seconds": time.monotonic() - start}
         self.context.reporter.log_epoch("online", self.state.weights_epoch, self.global_step, metrics)
-
-    @contextlib.contextmanager
-    def _evaluated_weights(self) -> Iterator[None]:
-        """Hold complete parameters, the EMA's if there is one."""
-        with (
-            self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
-            summon_full_params(self.raw_model),
-        ):
-            yield
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -511,8 +506,6 @@ class Trainer:
             self._record_evaluation(result)
             if state.update_best(result.metrics):
                 aliases.append(BEST)
-        if self.online_eval is not None and (is_due(epoch + 1, settings.online_eval.every_epochs) or last_epoch):
-            self._probe(self.online_eval)
         if is_due(epoch + 1, settings.checkpoint.save_freq):
             aliases.append(f"checkpoint_{epoch + 1}.pt")
         state.epoch = epoch + 1
@@ -520,6 +513,9 @@ class Trainer:
         state.meter = Meter()
         self.save_checkpoint(aliases)
         self._write_summary(status="running")
+        # After saving: a probe may take longer than a run has to stop.
+        if self.online_eval is not None and (is_due(epoch + 1, settings.online_eval.every_epochs) or last_epoch):
+            self._probe(self.online_eval)
 
     def _save_and_stop(self) -> NoReturn:
         """Save and raise StopRequested, on all ranks together."""
@@ -552,6 +548,12 @@ class Trainer:
 
     def _record_evaluation(self, result: Evaluation) -> None:
         """Store metrics with the epoch (from 1) of their weights; weights from another run have no epoch here."""
+        self.evaluation = {
+            "mode": self.settings.mode,
+            "dtype": str(self.amp_dtype or torch.float32).removeprefix("torch."),
+            "sources": sorted(result.per_source),
+            "settings": evaluation_settings(self.settings),
+        }
         self.state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
         if self.global_step:
             self.state.last_metrics["val_epoch"] = self.state.weights_epoch + 1
@@ -567,6 +569,7 @@ class Trainer:
                 best_epoch=state.best_epoch,
                 last=state.last_metrics,
                 clips_per_second=state.last_metrics.get("clips_per_second"),
+                **({"evaluation": self.evaluation} if self.evaluation else {}),
                 wall_time=round(state.seconds, 3),
                 **self.context.stop.timings(),
                 **facts,

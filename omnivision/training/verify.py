@@ -22,6 +22,7 @@ from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights
 from omnivision.config.schema import Settings
 from omnivision.config.validate import read_run_config
 from omnivision.data.batch import Batch
+from omnivision.data.catalog import resolve_path
 from omnivision.data.loader import LoaderConfig, load_batches
 from omnivision.data.sampling import Request, keyed_rng
 from omnivision.interop.complete import complete_model
@@ -31,13 +32,14 @@ from omnivision.reporting.predictions import Predictions, read_predictions
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.training import build
+from omnivision.training.evaluate import evaluation_settings
 from omnivision.training.trainer import resolve_amp_dtype
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 
 Verdict = Literal["holds", "wrong", "changed", "unchecked"]
 TOLERANCE = 1e-3  # percentage points, and loss: rounding of a sum in another order
-# How far probabilities of the same weights may differ on another device, in float32 and in half precision.
+# How far probabilities of the same weights may differ: evaluated both times in float32, or once in half precision.
 PROBABILITY_TOLERANCE = {True: 1e-3, False: 0.05}
 NUMBERS = ("loss", "top1", "top5", *VALIDATION_METRICS)
 
@@ -65,27 +67,33 @@ def verify_run(
 
     Raises UserError for a folder that is not a run, and for a run without predictions.
     """
-    run = RunDir(folder)
-    summary = run.read_summary()
-    files = sorted(run.predictions.glob("*.npz"))
-    if not summary:
-        raise UserError(f"{folder} must be a run directory; it has no summary.json.")
+    summary = RunDir(folder).read_summary()
+    if not summary or not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} must be a run directory; it has no summary.json or config.yaml.")
+    settings = read_run_config(folder / "config.yaml")
+    moved = (folder / "checkpoints").is_dir()  # with its checkpoints, perhaps from where the settings say
+    run = RunDir(folder, None if moved else settings.trainer.checkpoint.save_dir)
+    evaluation = summary.get("evaluation") or {}  # runs of earlier versions lack it
+    files = {file.stem: file for file in sorted(run.predictions.glob("*.npz"))}
+    files = {name: file for name, file in files.items() if name in evaluation.get("sources", files)}
     if not files:
         raise UserError(f"{folder} has no predictions to verify. Give a run of a later stage that validates.")
-    predictions = {file.stem: _read(file) for file in files}
+    predictions = {name: _read(file) for name, file in files.items()}
     claims = [*metric_claims(summary, predictions), *log_claims(run, summary)]
-    claims += [claim for file in files for claim in table_claims(file, predictions[file.stem])]
+    claims += [claim for name, file in files.items() for claim in table_claims(file, predictions[name])]
     claims += weight_claims(run)
-    settings = read_run_config(folder / "config.yaml")
     weights = _evaluated_weights(run, summary)
     if isinstance(weights, str):
         return [*claims, Claim("predictions", "", weights, "unchecked")]
-    claims += data_claims(weights)
-    changed = [claim.what for claim in claims if claim.verdict == "changed"]
-    if changed:
+    claims += data_claims(settings, weights)
+    if changed := [claim.what for claim in claims if claim.verdict == "changed"]:
         found = f"not recomputed, because these have changed: {truncate_list(changed)}"
         return [*claims, Claim("predictions", "", found, "changed")]
-    return claims + prediction_claims(settings, weights, predictions, files, sample, device, workers, track)
+    if evaluation.get("settings", now := evaluation_settings(settings.trainer)) != now:
+        found = "not recomputed: they are of an evaluation with other views than config.yaml's"
+        return [*claims, Claim("predictions", "", found, "unchecked")]
+    exact = evaluation.get("dtype") == "float32"
+    return claims + prediction_claims(settings, weights, predictions, files, sample, device, workers, exact, track)
 
 
 def _read(file: Path) -> Predictions:
@@ -120,7 +128,7 @@ def metric_claims(summary: Mapping[str, Any], predictions: Mapping[str, Predicti
     return [
         _compare(f"{name} of the summary, from the predictions", last[f"val_{name}"], found[name])
         for name in NUMBERS
-        if f"val_{name}" in last
+        if isinstance(last.get(f"val_{name}"), (int, float))
     ]
 
 
@@ -137,9 +145,10 @@ def log_claims(run: RunDir, summary: Mapping[str, Any]) -> list[Claim]:
         return [Claim("the log", "", f"no validation in {file}", "unchecked")]
     last, claims = summary.get("last") or {}, []
     for name in NUMBERS:
-        if f"val_{name}" in last and name in lines[-1]:
+        if isinstance(last.get(f"val_{name}"), (int, float)) and isinstance(lines[-1].get(name), (int, float)):
             claims.append(_compare(f"{name} of the summary, from the log", last[f"val_{name}"], lines[-1][name]))
-    if summary.get("best") is not None and all("top1" in line for line in lines):
+    trained = (summary.get("evaluation") or {}).get("mode") != "val"  # such an evaluation replaces its line in the log
+    if trained and summary.get("best") is not None and all("top1" in line for line in lines):
         best = max(line["top1"] for line in lines)
         claims.append(_compare("best top1 of the summary, from the log", summary["best"], best))
     return claims
@@ -168,9 +177,11 @@ def weight_claims(run: RunDir) -> list[Claim]:
     claims = []
     for name in (LATEST, BEST):
         path = run.checkpoints / name
+        if not path.is_file():
+            claims.append(Claim(name, "", "missing", "unchecked"))
+            continue
         try:
-            found = str(verify_manifest(path)["sha256"])[:12] if path.is_file() else "missing"
-            claims.append(Claim(name, "its manifest", found, "changed" if found == "missing" else "holds"))
+            claims.append(Claim(name, "its manifest", str(verify_manifest(path)["sha256"])[:12], "holds"))
         except CorruptCheckpointError:
             claims.append(Claim(name, "its manifest", "another file", "changed"))
     return claims
@@ -189,39 +200,28 @@ def _evaluated_weights(run: RunDir, summary: Mapping[str, Any]) -> StateDictFile
             continue
         own = weights.metadata.get("last") or {}
         if epoch is not None and own.get("val_epoch") == epoch and weights.metadata.get("epoch") == epoch:
-            if own.get("val_loss") != last.get("val_loss"):
+            if not math.isclose(own.get("val_loss") or 0, last.get("val_loss") or 0, rel_tol=1e-6):
                 return f"{path} was evaluated with another result than the summary's"
             return weights
         found.append(f"{name} is of epoch {weights.metadata.get('epoch')}")
     return f"no checkpoint has the weights of the last evaluation (epoch {epoch}): {'; '.join(found)}"
 
 
-def data_claims(weights: StateDictFile) -> list[Claim]:
+def data_claims(settings: Settings, weights: StateDictFile) -> list[Claim]:
     """Compare the lists of paths, labels and segments with those of the run, by their hashes."""
     run = parse_fingerprint(weights.metadata.get("experiment"))
     if run is None:
         return [Claim("data", "", "the checkpoint records no hashes", "unchecked")]
-    settings, claims = run["settings"], []
+    claims = []
     for key, digest in run["data"].items():
-        file = _list_file(settings, key)
-        found = file_digest(file) if file is not None and file.is_file() else "missing"
+        _, name, which, what = key.split(".")
+        split = getattr(settings.trainer.data.sources.get(name), which, None)
+        try:
+            found = file_digest(Path(resolve_path(getattr(split, what, None) or [], key)))
+        except (UserError, OSError):
+            found = "missing"
         claims.append(Claim(key, _short(digest), _short(found), "holds" if found == digest else "changed"))
     return claims
-
-
-def _list_file(settings: Mapping[str, Any], key: str) -> Path | None:
-    """Return the file of a setting such as datasets.ucf101.val.paths, references to settings resolved; of several, the first
-    that exists.
-    """
-    value = settings.get(key)
-    for candidate in value if isinstance(value, list) else [value]:
-        text = str(candidate)
-        for _ in range(5):
-            for name, inner in settings.items():
-                text = text.replace(f"${{{name}}}", str(inner))
-        if Path(text).is_file():
-            return Path(text)
-    return None
 
 
 def _short(digest: str) -> str:
@@ -232,10 +232,11 @@ def prediction_claims(
     settings: Settings,
     weights: StateDictFile,
     predictions: Mapping[str, Predictions],
-    files: Iterable[Path],
+    files: Mapping[str, Path],
     sample: int | None,
     device: torch.device,
     workers: int,
+    exact: bool,
     track: Track,
 ) -> list[Claim]:
     """Recompute predictions of each source, and compare probabilities and classes."""
@@ -248,11 +249,12 @@ def prediction_claims(
     task = build.build_task(settings)
     dtype = resolve_amp_dtype(settings.trainer, device)
     splits = build.open_splits(settings.with_trainer(mode="val"))[1]
-    dataset, written = build.build_clip_dataset(settings, splits, training=False), {f.stem: f for f in files}
+    dataset = build.build_clip_dataset(settings, splits, training=False)
     claims = []
     for number, split in enumerate(splits):
         recorded = predictions.get(split.name)
-        if recorded is None:
+        if recorded is None or sample == 0:
+            claims.append(Claim(f"predictions of {split.name}", "", "none recomputed", "unchecked"))
             continue
         positions = np.arange(len(recorded.index))
         if sample is not None:
@@ -266,7 +268,9 @@ def prediction_claims(
                 with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
                     scores = task.evaluation_step(model, batch.to(device)).scores
                 found[int(batch.index[0])] = scores.float().softmax(1).cpu().numpy()[0]
-        claims += _compare_predictions(split.name, recorded, positions, found, dtype is None, written[split.name])
+        claims += _compare_predictions(
+            split.name, recorded, positions, found, exact and dtype is None, files[split.name]
+        )
     return claims
 
 

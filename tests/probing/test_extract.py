@@ -1,6 +1,7 @@
 """Features: equal to the model's own, for any number of processes, after an interruption, and for windows of long videos."""
 
 import json
+import tracemalloc
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,7 @@ from omnivision.data.encode import write_video
 from omnivision.data.loader import LoaderConfig
 from omnivision.data.sampling import window_starts
 from omnivision.probing import extract as extraction
-from omnivision.probing.store import FeatureConfig, FeatureSplit, open_split
+from omnivision.probing.store import FeatureConfig, FeatureSplit, SplitRecord, open_split
 from omnivision.tools.main import main
 from omnivision.utils.errors import UserError, VideoDecodeError
 from tests import stage_runs as stages
@@ -154,6 +155,24 @@ class Extract(tiny.WeightsCase):
         row = len(starts[0]) + 20
         expected = extraction.pool_tokens(model.trunk, views)[0].detach()
         np.testing.assert_allclose(found.features[row], expected, rtol=1e-5, atol=1e-5)
+
+    def test_joining_parts_needs_no_more_memory_for_more_videos(self):
+        parts, size, width = 100, 64, 512  # 13 MB of features
+        split = self.split([f"/videos/{number:05}.mp4" for number in range(parts * size)])
+        files = [extraction.part_file(self.folder, part) for part in range(parts)]
+        files[0].parent.mkdir()
+        for part, file in enumerate(files):
+            index = np.arange(part * size, (part + 1) * size)
+            rows = np.full((size, width), part, np.float32)
+            np.savez(file, features=rows, index=index, times=np.full((size, 2), np.nan), unreadable=np.array([], str))
+        tracemalloc.start()
+        record = extraction.join_parts(split, files, self.folder, SplitRecord(samples=len(split), data={}))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        self.assertEqual(record.rows, parts * size)
+        self.assertLess(peak, 2e6)
+        features = np.load(self.folder / "features.npy", mmap_mode="r")
+        self.assertTrue((features[:, 0] == np.arange(parts * size) // size).all())
 
     def test_features_that_are_not_finite(self):
         self.extract("out", self.split())

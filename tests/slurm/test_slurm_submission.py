@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -11,12 +12,16 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import torch
 from hydra import compose, initialize_config_dir
 
 from omnivision.config.validate import validate_config
 from omnivision.launch.batch_script import batch_script
+from omnivision.models.architecture import architecture_of
 from omnivision.reporting.run_directory import RunDir
 from tests import runs
+from tests import tiny_models as tiny
 from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 
 GOLDEN = Path(__file__).parent / "batch_script.sh"
@@ -141,6 +146,29 @@ class Submitted(OnCluster):
             *command("on_slurm", "launcher.num_nodes=2", "launcher.gpus_per_node=2", "batch_size=8"), *SUBMITTED
         )
         self.assertEqual((again.returncode, again.stdout), (0, f"finished folder={run}\n"), again.stderr)
+
+    def test_9_features_of_two_tasks_are_those_of_one_process(self):
+        model, lists = tiny.classifier(6), self.folder / "lists"
+        lists.mkdir()
+        torch.save({"model": model.state_dict(), "architecture": architecture_of(model)}, self.folder / "model.pt")
+        videos = [str(path) for path in sorted((self.folder / "data" / "synthetic" / "train").glob("*.mp4"))]
+        np.save(lists / "paths.npy", np.array(videos * 4))  # three parts
+        np.save(lists / "labels.npy", np.arange(4 * len(videos)) % 6)
+        catalog = self.folder / "catalog.yaml"
+        catalog.write_text(
+            f"datasets:\n  many: {{num_classes: 6, val: {{paths: {lists}/paths.npy, labels: {lists}/labels.npy}}}}\n"
+        )
+        command = [str(Path(sys.executable).parent / "omnivision"), "features", str(self.folder / "model.pt"), "many"]
+        command += ["--catalog", str(catalog), "--workers", "0", "--clips", "1", "--crops", "1", "--out"]
+        self.here(*command, str(self.folder / "one"))
+        step = shlex.join(["srun", *command, str(self.folder / "two")])
+        sent = self.shell("sbatch", "--wait", "--nodes=2", "--ntasks=2", "--output=features.log", "--wrap", step)
+        log = (self.folder / "features.log").read_text()
+        self.assertEqual(sent.returncode, 0, sent.stderr + log)
+        files = [file.relative_to(self.folder / "one") for file in sorted((self.folder / "one").rglob("*.npy"))]
+        self.assertEqual(len(files), 4)
+        for file in files:
+            self.assertEqual((self.folder / "one" / file).read_bytes(), (self.folder / "two" / file).read_bytes(), file)
 
     def test_2_a_submission_is_told_in_one_line(self):
         command = [

@@ -72,8 +72,9 @@ class Run(fixtures.Folder):
         return result
 
     def test_dry_shows_weights_and_draws(self) -> None:
-        out = self.run_stage("dry", "trainer.mode=dry", "trainer.task.class_weights=balanced", "trainer.data.balance=1")
+        out = self.run_stage("dry", "trainer.mode=dry", "trainer.task.class_weights=balanced")
         self.assertIn("classes of head 0 have weights 0.5 to 4", out.stdout)
+        out = self.run_stage("dry", "trainer.mode=dry", "trainer.data.balance=1")
         self.assertIn("each class is drawn 4 to 4 times in a pass; classes have 1 to 8 samples", out.stdout)
 
     def test_a_resumed_balanced_run_equals_an_uninterrupted_one(self) -> None:
@@ -95,9 +96,12 @@ class Run(fixtures.Folder):
 
     def test_settings_of_another_number_of_classes(self) -> None:
         words = stages.command("ft", self.folder / "bad", *self.data, "pretrained_checkpoint_path=null")
-        result = stages.run_in_process([*words, "trainer.task.class_weights=[1,2]"])
-        self.assertEqual(result.returncode, 1)
-        self.assertIn("trainer.task.class_weights", result.stderr)
+        for wrong in ("class_weights=[1,2]", "class_weights=[1,2,-1]", "class_weights=balancd"):
+            result = stages.run_in_process([*words, f"trainer.task.{wrong}"])
+            self.assertEqual(result.returncode, 1, wrong)
+            self.assertIn("trainer.task.class_weights", result.stderr)
+        both = "trainer.task.class_weights=balanced", "trainer.data.balance=1"
+        self.assertEqual(stages.run_in_process([*words, *both]).returncode, 1)
 
 
 if __name__ == "__main__":

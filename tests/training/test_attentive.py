@@ -2,6 +2,7 @@
 
 import json
 import unittest
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,6 +43,23 @@ class Model(unittest.TestCase):
             changed = video.clone()
             changed[0, :, t, y, x] = 255
             self.assertFalse(torch.equal(model(video), model(changed)), (t, y, x))
+
+    def test_attention_is_that_of_the_pool(self):
+        """With values that are the tokens' numbers, the pooled value is the mean of the numbers under the attention."""
+        probe = tiny.scrambled(self.model(blocks=2)).probes[0]
+        tokens = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(0))
+        weights = probe.attention(tokens)
+        torch.testing.assert_close(weights.sum(1), torch.ones(2))
+        found = {}
+
+        def spy(q, k, v):
+            found["weights"] = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
+            return original(q, k, v)
+
+        original = torch.nn.functional.scaled_dot_product_attention
+        with mock.patch("omnivision.models.mae.F.scaled_dot_product_attention", spy):
+            probe(tokens, 0)
+        torch.testing.assert_close(weights, found["weights"])
 
 
 class HoldOut(fixtures.Folder):
@@ -120,6 +138,8 @@ class Stage(fixtures.Folder):
         np.testing.assert_allclose(omnivision.load(out).scores(video), scores, rtol=1e-6)
         self.assertEqual(main(["export", str(run), str(self.folder / "hf"), "--to", "hf"]), 1)
         self.assertEqual(main(["verify", str(run), "--all"]), 0)
+        for name, code in (("attended.gif", 0), ("attended.png", 0), ("attended.gif", 1)):  # it exists then
+            self.assertEqual(main(["attention", str(run), video, str(self.folder / name)]), code)
         summary = runs.read_summary(run)
         self.assertEqual((summary["run"]["model"], summary["run"]["trunk"]), ("attentive", "frozen"))
 

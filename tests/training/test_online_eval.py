@@ -1,6 +1,8 @@
 """Probes while a run trains: the run's weights do not change, ranks agree, dry tells the cost, settings are checked."""
 
 import json
+import os
+import shutil
 import time
 import unittest
 from unittest import mock
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 
 from omnivision.reporting.run_directory import RunDir
+from omnivision.tools import watch
 from omnivision.tools.main import main
 from tests import fixtures
 from tests import stage_runs as stages
@@ -18,6 +21,10 @@ ONLINE = (
     "trainer.online_eval.every_epochs=1",
     "trainer.online_eval.methods=[knn,logistic,linear,rankme]",
 )
+
+
+def status_of(run: RunDir, queue: object) -> tuple[str, str]:
+    return run.read_summary()["status"], ""
 
 
 class OnlineEval(fixtures.Folder):
@@ -70,25 +77,32 @@ class OnlineEval(fixtures.Folder):
                 self.assertEqual(one[name], two[name], name)
 
     def test_watching_a_run_gives_its_own_probes(self):
-        self.run_stage("mae", "run", *ONLINE)
+        self.run_stage("mae", "run", *ONLINE, "trainer.checkpoint.save_freq=1")
         run, (first, last) = self.folder / "run", self.online("run")
         summary = RunDir(run).read_summary()
         RunDir(run).replace_summary(summary | {"status": "running"})
-        saves = iter(["checkpoint_1.pt", None])
+        saves = iter(["checkpoint_2.pt", "checkpoint_2.pt", None])
+
+        def save(name: str) -> None:
+            for suffix in (".json", ""):
+                copy = shutil.copy(run / "checkpoints" / f"{name}{suffix}", self.folder / f"copy{suffix}")
+                os.replace(copy, run / "checkpoints" / f"checkpoint.pt{suffix}")
 
         def wait(_: float) -> None:  # the run goes on meanwhile
-            if next(saves) is None:
+            if (name := next(saves)) is None:
                 RunDir(run).replace_summary(summary)
             else:
-                (run / "checkpoints" / "checkpoint.pt").touch()
+                save(name)
 
-        with mock.patch.object(time, "sleep", wait):
+        save("checkpoint_1.pt")
+
+        with mock.patch.object(time, "sleep", wait), mock.patch.object(watch, "run_status", status_of):
             code = main(
                 ["watch", str(run), "--data", "hmdb51", "--methods", "knn", "--methods", "rankme", "--workers", "0"]
             )
         self.assertEqual(code, 0)
         watched = [json.loads(line) for line in (run / "logs" / "watch.jsonl").read_text().splitlines()]
-        self.assertEqual([line["epoch"] for line in watched], [1, 1])
+        self.assertEqual([line["epoch"] for line in watched], [0, 1])
         for name in ("hmdb51_knn", "hmdb51_rankme"):
             self.assertAlmostEqual(watched[-1][name], last[name], places=4)
         self.assertEqual((watched[-1]["step"], watched[-1]["phase"]), (last["step"], "online"))

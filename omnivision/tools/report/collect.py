@@ -46,7 +46,7 @@ Percent = tuple[float, float]  # a value and its standard error
 
 
 class XrayClass(BaseModel):
-    """What the recognition of one class lives on; informedness by change."""
+    """What the recognition of one class relies on; informedness by change."""
 
     videos: int
     verdict: str

@@ -1,0 +1,72 @@
+"""`omnivision features` against its two parts alone: loading the views, and the forward pass over views in memory.
+
+The three take turns in one process. Extraction can be no faster than the slower part; with a data worker beside it, it should
+hardly be slower. ViT-Ti on small clips is bound by loading, ViT-S by the forward pass.
+"""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import videos
+from benchmarks.geometry import SIZES
+from benchmarks.harness import Report, interleaved
+from benchmarks.peers import loaders
+from omnivision.data.batch import Batch
+from omnivision.data.catalog import Split
+from omnivision.data.loader import LoaderConfig, load_batches
+from omnivision.models.vit import VisionTransformer
+from omnivision.probing.extract import Embedder, build_dataset, extract, part_batches
+from omnivision.probing.store import FeatureConfig
+
+WORKERS = LoaderConfig(num_workers=1)
+MODEL = {"name": "benchmark", "sha256": "0" * 64, "checkpoint": ""}
+
+
+def load(embed: Embedder, split: Split) -> list[Batch]:
+    """Load all batches of an extraction."""
+    dataset = build_dataset(split, embed.trunk, embed.config, None)
+    requests = (list(batch.requests) for batch in part_batches(dataset, [0], embed.config, {}))
+    return list(load_batches(dataset, requests, WORKERS))
+
+
+def forward(embed: Embedder, batches: list[Batch]) -> None:
+    for batch in batches:
+        embed(batch)
+
+
+def extract_all(embed: Embedder, split: Split, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    extract(embed, split, folder, MODEL, WORKERS)
+
+
+def features(quick: bool) -> Report:
+    report = Report("features", "Features of a frozen trunk: two clips of three crops per video", "s a video")
+    count = 4 if quick else 24
+    with tempfile.TemporaryDirectory() as name:
+        paths = videos.make(Path(name), 340, 256, seconds=10, copies=count)
+        split = videos.split(Path(name), "videos", paths, "val", 2)
+        for size, image in (("vittiny", 64), ("vitsmall", 64 if quick else 224)):
+            torch.manual_seed(0)
+            trunk = VisionTransformer(*SIZES[size][0], image_size=image).eval()
+            embed = Embedder(trunk, torch.device("cpu"), FeatureConfig(clip_duration=loaders.SECONDS))
+            batches = load(embed, split)
+            names = {
+                part: f"{part}, {size} at {image} pixels"
+                for part in ("features", "the loader alone", "the forward pass alone")
+            }
+            sides = {
+                names["features"]: functools.partial(extract_all, embed, split, Path(name) / "out"),
+                names["the loader alone"]: functools.partial(load, embed, split),
+                names["the forward pass alone"]: functools.partial(forward, embed, batches),
+            }
+            seconds = interleaved(sides, rounds=2 if quick else 5, per=count)
+            report.seconds |= seconds
+            slower = max(list(names.values())[1:], key=lambda part: sorted(seconds[part])[len(seconds[part]) // 2])
+            report.times_as_fast(
+                f"features, {size} at {image} pixels, against {slower}", names["features"], slower, 0.9
+            )
+    return report
