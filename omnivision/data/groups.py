@@ -60,7 +60,7 @@ def group_paths(name: str, paths: Sequence[str], grouping: Callable[[str], str] 
     return list(paths) if known is None else group_videos(paths, known)
 
 
-def pattern_grouping(pattern: str) -> Callable[[str], str]:
+def pattern_grouping(pattern: str, setting: str = "--group-pattern") -> Callable[[str], str]:
     """Return a grouping by what the first parentheses of a regular expression match, anywhere in the name.
 
     Raises UserError for an expression that is invalid or has no parentheses; the grouping raises it for a name without a match.
@@ -70,13 +70,13 @@ def pattern_grouping(pattern: str) -> Callable[[str], str]:
         if compiled.groups < 1:
             raise re.error(r"it needs parentheses around the part of a name that identifies the source, e.g. (.*)_c\d+")
     except re.error as error:
-        raise UserError(f"--group-pattern {pattern!r} must be a regular expression: {error}.") from error
+        raise UserError(f"{setting} {pattern!r} must be a regular expression: {error}.") from error
 
     def grouping(name: str) -> str:
         match = compiled.search(name)
         if match is None or match[1] is None:
             raise UserError(
-                f"--group-pattern {pattern!r} must match the name of each video (without folders and suffix), and does not "
+                f"{setting} {pattern!r} must match the name of each video (without folders and suffix), and does not "
                 f"match {name!r}."
             )
         return match[1]
@@ -94,7 +94,7 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, share: float, seed: int)
     if len(names) < 2:
         raise UserError(
             f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
-            "set --group-pattern."
+            "set another pattern of what names of one source share."
         )
     order = _order(group, labels, len(names), seed)
     target = min(max(round(share * len(groups)), 1), len(groups) - 1)

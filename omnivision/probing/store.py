@@ -77,6 +77,7 @@ class FeatureSplit:
     labels: np.ndarray
     paths: np.ndarray
     config: FeatureConfig
+    record: SplitRecord
     times: np.ndarray | None = None
     class_names: Sequence[str] = field(default_factory=list)
 
@@ -135,7 +136,7 @@ def open_split(folder: Path, name: str, which: str) -> FeatureSplit:
             )
     names_file = folder / "class_names" / f"{name}.txt"
     names = read_class_names(str(names_file), "class names") if names_file.exists() else []
-    return FeatureSplit(name, which, config=header.config, class_names=names, **arrays)
+    return FeatureSplit(name, which, config=header.config, record=record, class_names=names, **arrays)
 
 
 def blocks(rows: int, size: int = 4096) -> Iterator[slice]:

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, at_least, resolve_fps
 from omnivision.tools.predict import Device, TrustTargets
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import warn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -281,8 +282,10 @@ def read_frames(split: FeatureSplit, row: int) -> Tensor:
     from omnivision.tools.report.figures import read_middle
 
     times = None if split.times is None else tuple(split.times[row].tolist())
-    frames = read_middle(str(split.paths[row]), 25.0, None, times)
+    path, fps = str(split.paths[row]), float(split.record.data.get("fps", 25))
+    frames = read_middle(path, fps, split.record.data.get("frame_pattern"), times)
     if frames is None:
+        warn(f"{path} cannot be read. It is shown black.")
         return torch.zeros(12, 96, 96, 3)
     view = EvalView(96)
     return view.crop(view.prepare(frames), np.random.default_rng(0)).permute(0, 2, 3, 1) / 255

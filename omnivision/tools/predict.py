@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omnivision.tools.video_model import Prediction, VideoModel
 
 BAR_WIDTH = 30
+CLIPS = 2
 Device = Annotated[str, Parameter(metavar="DEVICE", help="cpu, cuda, or cuda:N.")]
 TrustTargets = Annotated[
     list[str] | None,
@@ -37,7 +38,7 @@ def predict(
     /,
     *,
     top: Annotated[int, at_least(1)] = 5,
-    clips: Annotated[int, at_least(1, 1000)] = 2,
+    clips: Annotated[int, at_least(1, 1000)] = CLIPS,
     crops: Literal[1, 3] | None = None,
     head: Annotated[int, at_least(0)] = 0,
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
@@ -59,10 +60,10 @@ def predict(
         videos: A video, or a folder of its frames.
         top: Number of classes to print.
         clips: Clips per video.
-        crops: Crops per clip.
+        crops: Crops per clip (default: 3, with a timeline 1).
         head: Number of the head to use, if there are several.
         as_json: Print a JSON object with a list of predictions for each video, or with its timeline.
-        window: Make a timeline: windows of this length slide over the video (with one crop, if --crops is not given).
+        window: Make a timeline: windows of this length slide over the video.
         stride: Time from one window to the next (default: half of the window). Alone, it implies windows as long as the
             model's clips.
         out: With a timeline: write NAME.csv (the windows), NAME.json (and segments) and NAME.png into this folder.
@@ -70,6 +71,8 @@ def predict(
     from omnivision.tools.video_model import load
 
     if window is not None or stride is not None:
+        if clips != CLIPS:
+            raise UserError("--clips is for predictions of whole videos. Leave --clips out, or --window and --stride.")
         return predict_timelines(
             load(checkpoint, device, trust_targets or []),
             videos, window, stride, top, crops or 1, head, as_json, out, fps=fps, frame_pattern=frame_pattern,
@@ -110,6 +113,9 @@ def predict_timelines(
     """Print the segments of each video, and write its timeline to files of its name."""
     from omnivision.utils.io import replace_atomically, write_atomically, write_json
 
+    names = [Path(video).stem for video in dict.fromkeys(videos)]
+    if out is not None and len(set(names)) < len(names):
+        raise UserError("--out needs videos with different names, as its files have their names. Use several folders.")
     rate = resolve_fps(fps, videos)
     stride = stride or (window or model.config.clip_duration) / 2
     found: dict[str, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.tools.arguments import Flag, Workers, at_least
+from omnivision.tools.arguments import Flag, at_least
 from omnivision.tools.predict import Device
 from omnivision.tools.workers import track
 from omnivision.utils.errors import UserError
@@ -35,12 +35,13 @@ class VerifyOptions:
         sample: How many predictions of each source to recompute.
         all: Recompute all predictions.
         json: Also write the claims to this file.
+        workers: Processes that decode videos beside this one.
     """
 
     sample: Annotated[int, at_least(0)] = 32
     all: Flag = False
     json: Annotated[Path | None, Parameter(metavar="FILE")] = None
-    workers: Workers = 0
+    workers: Annotated[int, at_least(0)] = 0
     device: Device = "cpu"
 
 
@@ -67,7 +68,7 @@ def verify(run: Annotated[Path, Parameter(name="RUN")], /, *, options: VerifyOpt
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device must be available to torch, got {options.device!r}: {error}") from None
     show = functools.partial(track, what="verify")
-    claims = verify_run(run, None if options.all else options.sample, device, options.workers or 0, show)
+    claims = verify_run(run, None if options.all else options.sample, device, options.workers, show)
     console, _ = wide_console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("claim", "recorded", "found", ""):

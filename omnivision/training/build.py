@@ -40,6 +40,7 @@ from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops
+from omnivision.training.evaluate import evaluation_settings
 from omnivision.training.online_eval import OnlineEval, OnlineSource, require_trunk
 from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
 from omnivision.utils.errors import UserError, collect_problems, is_out_of_memory
@@ -102,7 +103,11 @@ def open_splits(settings: Settings) -> Splits:
             )
     if config.data.hold_out:
         pattern = config.data.hold_out_pattern
-        grouping = None if pattern is None else collect_problems(problems, pattern_grouping, pattern)
+        grouping = (
+            None
+            if pattern is None
+            else collect_problems(problems, pattern_grouping, pattern, "trainer.data.hold_out_pattern")
+        )
         for split in opened:
             if split.which == "train" and split.has_labels():
                 collect_problems(problems, split.hold_out, config.data.hold_out, grouping)
@@ -413,6 +418,7 @@ def build_trainer(
         reporter,
         ledger,
         stop,
+        evaluation_settings=evaluation_settings(settings.trainer),
         peak_clips_per_second=estimate_peak_clips_per_second(settings, dist.device),
     )
     if dist.is_main and config_text:

@@ -41,7 +41,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
 from omnivision.training import resume_checks
-from omnivision.training.evaluate import Evaluation, evaluate_model, evaluation_settings
+from omnivision.training.evaluate import Evaluation, evaluate_model
 from omnivision.training.online_eval import OnlineEval, plain_trunk
 from omnivision.training.step_stats import (
     RunState,
@@ -72,6 +72,7 @@ class RunContext:
     stop: StopSignal = field(default_factory=StopSignal)
     averaged_checkpoints: list[LoadReport] = field(default_factory=list)  # set only for a learned average
     fingerprint: dict[str, Any] = field(default_factory=dict)  # the experiment's fingerprint; rank 0 only
+    evaluation_settings: dict[str, Any] = field(default_factory=dict)  # how a video is evaluated
     peak_clips_per_second: float | None = None  # one device's peak, used for MFU
 
 
@@ -552,7 +553,7 @@ class Trainer:
             "mode": self.settings.mode,
             "dtype": str(self.amp_dtype or torch.float32).removeprefix("torch."),
             "sources": sorted(result.per_source),
-            "settings": evaluation_settings(self.settings),
+            "settings": self.context.evaluation_settings,
         }
         self.state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
         if self.global_step:

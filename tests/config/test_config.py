@@ -31,7 +31,12 @@ RECIPES = sorted(path.stem for path in (CONFIG / "trainer").glob("mae_*_config.y
 FOLDER = "++launcher.experiment_log_dir=/nowhere/run"
 DATASETS = "k150 inpk150 sim150 ucf101 hmdb51 diving48 minissv2 ikea uav".split()
 WIDTHS = {"vitmicro": 96, "vittiny": 192, "vitsmall": 384, "vitbase": 768, "vitlarge": 1024, "vithuge": 1280}
-STAGE_OF = {"": "mae", "_ft": "finetune", "_average_ft": "average"}  # by the ending of a model's name
+STAGE_OF = {
+    "": "mae",
+    "_ft": "finetune",
+    "_average_ft": "average",
+    "_attentive": "attentive",
+}  # by the ending of a model's name
 NOTHING = "pretrained_checkpoint_path=null"
 FINETUNE = ("+experiments=omnimae/omnimain_train_video_ft", NOTHING)
 TWO_SETS = (*FINETUNE, "+trainer=mae_ft_inpk150_sim150_config")

@@ -27,7 +27,7 @@ def rule(schedule, names: list[str] | None = None, classes: list[str] | None = N
 
 def make_groups(model: nn.Module, scales: dict[str, float] | None = None, **options: list[tuple]) -> list[ParamGroup]:
     schedules, rules = ({option: [each[i] for each in given] for option, given in options.items()} for i in (0, 1))
-    return parameter_groups(model, rules, schedules, scales)
+    return parameter_groups(model, rules, schedules, scales and {"lr": scales})
 
 
 class Schedules(unittest.TestCase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,14 +122,17 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
     folder = RunDir(path)
     log, starts = folder.logs / "metrics.jsonl", folder.logs / "pretrained.json"
     run = Run(name, folder, summary, read_flat_file(path / "config.yaml") or {})
-    run.lines = [line for file in (log, folder.logs / "watch.jsonl") if file.is_file() for line in read_lines(file)]
+    run.lines = read_lines(log) if log.is_file() else []
+    if (watched := folder.logs / "watch.jsonl").is_file():
+        by_step = {line.get("step"): line for line in read_lines(watched)}  # a resumed run may have repeated a step
+        run.lines += [by_step[step] for step in sorted(by_step, key=lambda step: step or 0)]
     run.pretrained = json.loads(starts.read_text(encoding="utf-8")) if starts.is_file() else []
     for file in sorted(folder.predictions.glob("*.npz")):
         try:
             run.predictions[file.stem] = read_predictions(file)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
             warn(f"{file} cannot be read ({error}). It is left out.")
-    for file in sorted((path / "features").glob("*/probe.json")):
+    for file in sorted((path / "features").glob("*/probe.json"), key=lambda file: file.stat().st_mtime):
         try:
             run.probes += [ProbeRow.model_validate(row) for row in json.loads(file.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError) as error:
@@ -176,7 +180,8 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
     starts = _name_starts(results)
     groups: dict[tuple[str, Column], list[Run]] = {}
     for run in results:
-        column = " + ".join(run.metadata.get("sources") or []), "FT" if run.metadata["trunk"] == "trained" else "LP"
+        frozen = "attentive" if run.metadata.get("model") == "attentive" else "LP"
+        column = " + ".join(run.metadata.get("sources") or []), "FT" if run.metadata["trunk"] == "trained" else frozen
         groups.setdefault((starts[run], column), []).append(run)
     values, texts = {}, {}
     for key, members in groups.items():
@@ -210,8 +215,8 @@ def probe_tables(runs: Sequence[Run]) -> list[ProbeTable]:
     named = [(row.model.get("name", run.name), run.name, row) for run in runs for row in run.probes]
     tables = []
     for dataset in dict.fromkeys(row.dataset for *_, row in named):
-        members = {
-            (name if name.startswith("random") else run): row
+        members = {  # the newest of each run; random weights are a row beside it
+            f"{run}, {name}" if re.fullmatch(r"random(:\d+)?", name) else run: row
             for name, run, row in named
             if row.dataset == dataset and row.results
         }
