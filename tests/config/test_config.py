@@ -85,7 +85,8 @@ class Shipped(unittest.TestCase):
                 trunk = model.model.trunk if kind == "average_ft" else model.trunk
                 self.assertEqual(trunk.norm.weight.shape, (WIDTHS[size],))
                 optimizer = build.build_optimizer(run_settings, model)
-                self.assertEqual(sum(len(group.names) for group in optimizer.groups), len(list(model.parameters())))
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self.assertEqual(sum(len(group.names) for group in optimizer.groups), len(trained))
 
     def test_every_checkpoint_choice_composes(self):
         choices = sorted(path.stem for path in (CONFIG / "trainer" / "checkpoint").glob("*.yaml"))
