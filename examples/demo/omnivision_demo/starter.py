@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 
 import omnivision
 from omnivision.data.encode import write_video
@@ -76,7 +77,8 @@ def measure(folder: Path, videos: Path) -> dict[str, float]:
     autoencoder = omnivision.load(folder / "autoencoder.safetensors")
     task = Reconstruct(autoencoder.tubelet, autoencoder.config.norm)
     clips = [autoencoder.masked_clip(path) for path in sorted((videos / "synthetic" / "val").glob("*.mp4"))]
-    losses = [float(task.evaluation_step(autoencoder.model, clip).loss) for clip in clips]
+    with torch.inference_mode():
+        losses = [float(task.evaluation_step(autoencoder.model, clip).loss) for clip in clips]
     return results | {"reconstruction_loss": float(np.mean(losses))}
 
 
