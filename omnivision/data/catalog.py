@@ -148,7 +148,7 @@ class Split:
         everything = np.arange(len(self))
         groups = group_paths(self.name, [self.path(index) for index in everything.tolist()], grouping)
         labels = np.array([self.label(index) for index in everything.tolist()])
-        held = hold_out(groups, labels, share, seed=0)
+        held = hold_out(groups, labels, share, seed=0, setting="trainer.data.hold_out_pattern")
         self.held_out = copy.copy(self)
         self.held_out.which = "held_out"
         self.held_out.chosen, self.chosen = everything[held], everything[~held]

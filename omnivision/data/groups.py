@@ -84,17 +84,19 @@ def pattern_grouping(pattern: str, setting: str = "--group-pattern") -> Callable
     return grouping
 
 
-def hold_out(groups: Sequence[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def hold_out(
+    groups: Sequence[str], labels: np.ndarray, share: float, seed: int, setting: str = "--group-pattern"
+) -> np.ndarray:
     """Return the held-out videos, bool (N,), as near to `share` as whole groups allow, the same for the same seed.
 
     Within that, classes are represented evenly, and a class with a single group stays in training if possible.
-    Raises UserError if there is only one group.
+    Raises UserError if there is only one group; it names the `setting` of the groups.
     """
     names, group, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
     if len(names) < 2:
         raise UserError(
             f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
-            "set another pattern of what names of one source share."
+            f"set {setting}."
         )
     order = _order(group, labels, len(names), seed)
     target = min(max(round(share * len(groups)), 1), len(groups) - 1)

@@ -76,6 +76,14 @@ class OnlineEval(fixtures.Folder):
             for name in one.keys() - {"seconds", "time"}:
                 self.assertEqual(one[name], two[name], name)
 
+    def test_sharded_trunks_are_probed_as_whole_ones(self):
+        frozen = *ONLINE, "trainer.val_epoch_freq=null"  # so that the probe is the first pass without a step
+        self.run_stage("lp", "whole", *frozen)
+        self.run_stage("lp", "sharded", *frozen, "trainer.distributed.strategy=fsdp", ranks=2)
+        for one, two in zip(self.online("whole"), self.online("sharded"), strict=True):
+            for name in one.keys() - {"seconds", "time"}:
+                self.assertAlmostEqual(one[name], two[name], places=3, msg=name)
+
     def test_watching_a_run_gives_its_own_probes(self):
         self.run_stage("mae", "run", *ONLINE, "trainer.checkpoint.save_freq=1")
         run, (first, last) = self.folder / "run", self.online("run")
