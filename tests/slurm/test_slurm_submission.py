@@ -22,7 +22,7 @@ from omnivision.models.architecture import architecture_of
 from omnivision.reporting.run_directory import RunDir
 from tests import runs
 from tests import tiny_models as tiny
-from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
+from tests.slurm.on_cluster import ONE_THREAD, SUBMITTED, OnCluster, history, told_time
 
 GOLDEN = Path(__file__).parent / "batch_script.sh"
 # Every setting of the submitit block.
@@ -162,7 +162,10 @@ class Submitted(OnCluster):
         command += ["--catalog", str(catalog), "--workers", "0", "--clips", "1", "--crops", "1", "--out"]
         self.here(*command, str(self.folder / "one"))
         step = shlex.join(["srun", *command, str(self.folder / "two")])
-        sent = self.shell("sbatch", "--wait", "--nodes=2", "--ntasks=2", "--output=features.log", "--wrap", step)
+        sent = subprocess.run(  # without the leftovers of `shell`, which srun would take
+            ["sbatch", "--wait", "--nodes=2", "--ntasks=2", "--output=features.log", "--wrap", step],
+            cwd=self.folder, env=self.cluster.environment | ONE_THREAD, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
         log = (self.folder / "features.log").read_text()
         self.assertEqual(sent.returncode, 0, sent.stderr + log)
         files = [file.relative_to(self.folder / "one") for file in sorted((self.folder / "one").rglob("*.npy"))]
