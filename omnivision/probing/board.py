@@ -224,11 +224,6 @@ METHODS: dict[str, Callable[[Data], list[Result]]] = {
 }
 
 
-def probe(data: Data, methods: Sequence[str]) -> list[Result]:
-    """Return the results of some of METHODS."""
-    return [result for name in methods for result in METHODS[name](data)]
-
-
 def rank_of(split: FeatureSplit) -> float:
     """Return the effective rank of a split's features; it needs no labels."""
     rows = np.linspace(0, len(split) - 1, min(len(split), RANK_SAMPLES)).astype(int)

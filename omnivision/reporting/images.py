@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from omnivision.tasks.base import Visualization
+from omnivision.utils.io import replace_atomically
 
 GAP, LINE, MIN_SIDE = 6, 18, 160
 ROW_NAME_WIDTH, CHARACTER_WIDTH = 62, 7.5  # pixels, for a font of size 13
@@ -40,6 +41,15 @@ def save(visualization: Visualization, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     still(visualization).save(folder / f"{name}.png")
     (folder / f"{name}.gif").write_bytes(gif_bytes(moving(visualization)))
+
+
+def write(visualization: Visualization, file: Path) -> None:
+    """Replace one image file atomically: animated if its name ends in .gif, else a PNG with some frames."""
+    with replace_atomically(file) as opened:
+        if file.suffix == ".gif":
+            opened.write(gif_bytes(moving(visualization)))
+        else:
+            still(visualization).save(opened, "PNG")
 
 
 def _grid(visualization: Visualization, frames: list[int], named_rows: bool) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, at_least, resolve_fps
-from omnivision.tools.predict import Device, TrustTargets
+from omnivision.tools.predict import Device, TrustTargets, check_out
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import warn
 
@@ -23,14 +23,6 @@ LOW, HIGH = 2, 98  # percentiles of the components that become black and white
 Out = Annotated[Path, Parameter(metavar="FILE")]
 Data = Annotated[str | None, Parameter(metavar="NAME", help="The dataset (default: the only one in the folder).")]
 SplitName = Annotated[Literal["train", "val"], Parameter(help="The split.")]
-
-
-def check_out(out: Path, suffixes: tuple[str, ...], force: bool) -> None:
-    """Raise UserError for another suffix, and for a file that exists."""
-    if out.suffix not in suffixes or (out.exists() and not force):
-        raise UserError(
-            f"OUT must end in {' or '.join(suffixes)} and must not exist (--force replaces it); got {out}. Change OUT."
-        )
 
 
 def pca(
@@ -59,7 +51,7 @@ def pca(
         components: Leave out this many of the strongest components, which are often only positions.
         force: Replace OUT if it exists.
     """
-    check_out(out, (".gif", ".png"), force)
+    check_out(out, (".gif", ".png"), force, video)
     import torch
 
     from omnivision.models.patches import unnormalize_pixels
@@ -101,7 +93,7 @@ def attention(
         start: Where the clip begins (default: in the middle).
         force: Replace OUT if it exists.
     """
-    check_out(out, (".gif", ".png"), force)
+    check_out(out, (".gif", ".png"), force, video)
     import torch
 
     from omnivision.models.attentive import AttentiveClassifier
@@ -128,18 +120,12 @@ def attention(
 
 def save_columns(columns: dict[str, Any], out: Path) -> None:
     """Write columns of frames in [0, 1], each (T, H, W, 3), side by side as a GIF or PNG."""
-    from omnivision.reporting.images import gif_bytes, moving, still
+    from omnivision.reporting import images
     from omnivision.tasks.base import Visualization
-    from omnivision.utils.io import replace_atomically
 
     arrays = {name: (frames * 255).round().byte().numpy() for name, frames in columns.items()}
     last = len(next(iter(arrays.values()))) - 1
-    shown = Visualization(arrays, sorted({0, last // 2, last}))
-    with replace_atomically(out) as file:
-        if out.suffix == ".gif":
-            file.write(gif_bytes(moving(shown)))
-        else:
-            still(shown).save(file, "PNG")
+    images.write(Visualization(arrays, sorted({0, last // 2, last})), out)
     print(f"Wrote {out}")
 
 

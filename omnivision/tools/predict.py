@@ -145,6 +145,16 @@ def predict_timelines(
     return 0 if len(found) == len(set(videos)) else EXIT_USER
 
 
+def check_out(out: Path, suffixes: tuple[str, ...], force: bool, video: str | None = None) -> None:
+    """Raise UserError for another suffix, for a file that exists, and, even with `force`, for the video itself."""
+    is_video = video is not None and out.resolve() == Path(video).resolve()
+    if out.suffix not in suffixes or is_video or (out.exists() and not force):
+        raise UserError(
+            f"OUT must end in {' or '.join(suffixes)}, and must not be the video or exist (--force replaces it); got {out}. "
+            "Change OUT."
+        )
+
+
 def make_table(predictions: list[Prediction], width: int) -> Table:
     """Return one row per class: its name, a bar (if there is room), and its probability in percent."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -185,22 +195,12 @@ def reconstruct(
         seed: Seed of the mask.
         force: Replace OUT if it exists.
     """
-    is_video = out.resolve() == Path(video).resolve()
-    if out.suffix not in (".gif", ".png") or is_video or (out.exists() and not force):
-        raise UserError(
-            f"OUT must end in .gif or .png, and must not be the video or exist (--force replaces it); got {out}. Change OUT."
-        )
-    from omnivision.reporting.images import gif_bytes, moving, still
+    check_out(out, (".gif", ".png"), force, video)
+    from omnivision.reporting import images
     from omnivision.tools.video_model import load
-    from omnivision.utils.io import replace_atomically
 
     model = load(checkpoint, device, trust_targets or [])
     rate = resolve_fps(fps, [video])
-    images = model.reconstruct(video, start, mask_ratio, seed, fps=rate, frame_pattern=frame_pattern)
-    with replace_atomically(out) as file:
-        if out.suffix == ".gif":
-            file.write(gif_bytes(moving(images)))
-        else:
-            still(images).save(file, "PNG")
+    images.write(model.reconstruct(video, start, mask_ratio, seed, fps=rate, frame_pattern=frame_pattern), out)
     print(f"Wrote {out}")
     return 0

@@ -161,13 +161,11 @@ def examine(
 def save_examples(examples: list[Batch], out: Path, name: str) -> None:
     """Write a GIF per video: the first view under each change, side by side."""
     from omnivision.probing.xray import show_changes
-    from omnivision.reporting.images import gif_bytes, moving
-    from omnivision.utils.io import replace_atomically
+    from omnivision.reporting import images
 
     out.mkdir(parents=True, exist_ok=True)
     for number, batch in enumerate(batch for batch in examples if len(batch)):
-        with replace_atomically(out / f"{name}_{number}.gif") as file:
-            file.write(gif_bytes(moving(show_changes(batch.video[:1]))))
+        images.write(show_changes(batch.video[:1]), out / f"{name}_{number}.gif")
 
 
 def print_table(name: str, summary: dict[str, Any]) -> None:

@@ -31,6 +31,9 @@ class Pictures(tiny.WeightsCase):
         with Image.open(out) as animation:
             self.assertEqual(animation.n_frames, 4)
         self.assertEqual(self.call("pca", self.model, self.paths[0], out), 1)  # exists
+        before = out.read_bytes()
+        self.assertEqual(self.call("pca", self.model, out, out, "--force"), 1)  # its own video
+        self.assertEqual(out.read_bytes(), before)
         self.assertEqual(self.call("pca", self.model, self.paths[0], out.with_suffix(".png")), 0)
         self.assertEqual(self.call("pca", self.model, self.paths[0], self.folder / "x.png", "--components", 47), 1)
 
