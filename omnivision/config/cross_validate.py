@@ -124,7 +124,7 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
         near = suggest(unknown[0], settings.datasets)
         yield f"trainer.online_eval.sources must name datasets of the catalog, got {unknown[0]}{near}"
     if trainer.online_eval.sources and count:
-        yield "trainer.online_eval cannot probe an average, which has no trunk of its own. Set trainer.online_eval.sources=[]."
+        yield "trainer.online_eval cannot probe an average, which has no single trunk. Set trainer.online_eval.sources=[]."
     optim = trainer.optim
     grid = [len(trainer.model.get(name) or [1]) for name in ("lr_factors", "weight_decay_factors")]
     if math.prod(grid) > 1 and not data.hold_out and trainer.mode != "val":
@@ -134,7 +134,7 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     if math.prod(grid) > 1 and "weight_decay" not in optim.options and grid[1] > 1:
         yield "trainer.model.weight_decay_factors multiply trainer.optim.options.weight_decay, which is missing. Set both."
     if data.hold_out and (trainer.mode == "train_only" or trainer.val_epoch_freq is None):
-        yield "trainer.data.hold_out needs validation, which evaluates what is held out. Set trainer.val_epoch_freq=1."
+        yield "trainer.data.hold_out needs validation, which evaluates the held-out videos. Set trainer.val_epoch_freq=1."
     if data.balance and trainer.task.get("class_weights") == "balanced":
         yield "Set trainer.data.balance or trainer.task.class_weights=balanced, not both: each makes up for class sizes."
     if settings.lr is not None and trainer.optim.lr_scale_factor != 1:

@@ -81,7 +81,7 @@ def fit_logistic(features: Tensor, labels: Tensor, strengths: Sequence[float], c
         )  # fmt: skip
 
         def loss() -> Tensor:
-            optimizer.zero_grad()  # noqa: B023 (called before the loop goes on)
+            optimizer.zero_grad()  # noqa: B023 (called within this iteration)
             value = F.cross_entropy(features @ weight.T + bias, labels) + scale * weight.square().sum()  # noqa: B023
             value.backward()
             return value

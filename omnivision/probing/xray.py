@@ -115,7 +115,7 @@ class Xray:
         return Measured.of_mean(self.hits(INTACT) - self.hits(change))
 
     def informedness(self, change: str, label: int) -> Measured:
-        """Return how well a class is told from others: hits minus false alarms, each as a fraction (Youden's J).
+        """Return how well a class is distinguished: hits minus false alarms, each as a fraction (Youden's J).
 
         It is 0 for guesses of any frequency, unlike the fraction of hits.
         """

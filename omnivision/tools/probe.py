@@ -190,7 +190,7 @@ def probe_folder(folder: Path, what: ProbeOptions, device: str, run: str) -> lis
     names = what.data or paired
     if missing := [name for name in names if name not in paired] or ([] if names else ["no dataset"]):
         raise UserError(
-            f"{folder} must hold a train and a val split of what is probed; it lacks {truncate_list(missing)}. Extract them "
+            f"{folder} must hold a train and a val split of each dataset; it lacks {truncate_list(missing)}. Extract them "
             "with `omnivision features`, or set --data."
         )
     grouping = None if what.group_pattern is None else pattern_grouping(what.group_pattern)

@@ -129,7 +129,7 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
 
 
 def online_line(settings: Settings, trainer: Trainer, online: OnlineEval, cost: ClipFlops | None) -> str:
-    """Return what is probed while the run trains, and its share of the work."""
+    """Describe the probes while the run trains, and their share of the work."""
     every = settings.trainer.online_eval.every_epochs
     named = ", ".join(f"{source.train.name} ({source.videos} videos)" for source in online.sources)
     share = ""
