@@ -61,7 +61,7 @@ class OnCluster(unittest.TestCase):
             env=self.cluster.environment | ONE_THREAD | LEFTOVERS | {"PATH": path} | more,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     def submit(self, *command: str, **more: str) -> str:
