@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from omnivision.checkpoint import fingerprint
 from omnivision.config.flat import resolve_reference
+from omnivision.config.schema import LabelType
 from omnivision.data.masking import MASKS
 from omnivision.models.mae import TargetNorm
+from omnivision.tasks.metrics import to_probabilities
 
 
 def _known_mask(name: str) -> str:
@@ -24,13 +27,17 @@ MaskName = Annotated[str, AfterValidator(_known_mask)]
 
 
 class InferenceConfig(BaseModel):
-    """Class names by head and label, the seconds a clip spans, what is averaged over views, the mask, and how targets of a
-    reconstruction were normalized.
+    """What outputs are and their names by head and label, the seconds a clip spans, what is averaged over views, the mask, and
+    how targets of a reconstruction were normalized.
 
-    The defaults are the recipe's. Numbers instead of names ("0", "1", ...) mean that a head has no names.
+    The defaults are the recipe's. Numbers instead of names ("0", "1", ...) mean that a head has no names. label_mean and
+    label_std: for regression, of the targets by head, whose standardized values the model gives.
     """
 
     class_names: list[list[str]] = []
+    label_type: LabelType = "class"
+    label_mean: list[list[float]] = []
+    label_std: list[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = []
     clip_duration: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.7
     average: Literal["logits", "softmax"] = "logits"
     mask: MaskName = "RandomMask"
@@ -66,6 +73,16 @@ class InferenceConfig(BaseModel):
             names = self.class_names[head] if head < len(self.class_names) else []
             heads.append(names if len(names) == count else [str(label) for label in range(count)])
         return self.model_copy(update={"class_names": heads})
+
+    def outputs(self, logits: np.ndarray, head: int) -> np.ndarray:
+        """Return probabilities of the classes, or values of the targets in their units, float32 (..., outputs of a head)."""
+        if self.label_type != "regression":
+            return to_probabilities(logits, self.label_type)
+        scales = [
+            (self.label_mean[k], self.label_std[k]) for k in range(min(len(self.label_mean), len(self.label_std)))
+        ]
+        mean, std = scales[head] if head < len(scales) else ([0.0], [1.0])
+        return logits * np.asarray(std, dtype=np.float32) + np.asarray(mean, dtype=np.float32)
 
     def names(self, head: int) -> list[str] | None:
         """Return the class names of a head, all different; None where there are none."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from omnivision.checkpoint import fingerprint
 from omnivision.checkpoint.checkpointer import read_checkpoint, verify_and_hash
 from omnivision.checkpoint.inference_config import InferenceConfig
+from omnivision.tasks.metrics import RANKING_METRICS
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, is_dense_cpu, sha256
 
@@ -169,8 +170,8 @@ def describe_checkpoint(metadata: Mapping[str, Any]) -> str:
 
 
 def describe_metrics(last: Mapping[str, Any]) -> str:
-    """Return top-1 and loss of a run's last evaluation, or its training loss if it never validates."""
-    formats = {"val_top1": "top-1 {:.1f} %", "val_loss": "validation loss {:.4g}"}
+    """Return top-1 (or mAP) and loss of a run's last evaluation, or its training loss if it never validates."""
+    formats = {f"val_{name}": text for name, text in RANKING_METRICS.items()} | {"val_loss": "validation loss {:.4g}"}
     if not formats.keys() & last.keys():
         formats = {"loss": "training loss {:.4g}"}
     return ", ".join(

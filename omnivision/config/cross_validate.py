@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from omnivision.config.compose import is_overridden
 from omnivision.config.instantiate import arguments_of
 from omnivision.config.messages import suggest
-from omnivision.config.schema import Settings
+from omnivision.config.schema import LabelType, Settings
 from omnivision.utils.io import LATEST
 
 
@@ -37,6 +37,8 @@ STAGES = {
         "Classify", "AveragedClassifier", "omnimae/omnimain_train_video_ensemble_ft", FT_RECIPE, "vitbase_average_ft"
     ),
 }
+# What each task with labels learns from; stages name them all `Classify`.
+LABEL_TASKS: dict[str, LabelType] = {"Classify": "class", "MultiLabel": "multi_label", "Regress": "regression"}
 # Top-level settings read by code; others are only interpolated (${...}).
 READ_BY_CODE = ("trainer", "stage", "lr", "video_labels", "pretrained_checkpoint_path")
 
@@ -107,6 +109,16 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     given = len(weights) if isinstance(weights, list) else 1
     if task == "Reconstruct" and None in masks:
         yield "trainer.data.mask must be set for Reconstruct. Set trainer/data=unlabelled_video."
+    own_task = trainer.task["_target_"].rpartition(".")[2]
+    for name, source in data.sources.items():
+        if LABEL_TASKS.get(own_task, source.label_type) != source.label_type:
+            fitting = {"class": "classify", "multi_label": "multi_label", "regression": "regress"}[source.label_type]
+            yield (
+                f"trainer.task ({own_task}) must fit datasets.{name}.label_type, got {source.label_type}. Set "
+                f"trainer/task={fitting}, or the label_type of the labels."
+            )
+        elif data.balance and source.label_type != "class":
+            yield f"trainer.data.balance must be 0 for {name}, which has no single class per sample. Set it to 0."
     if task == "Classify" and any(masks):
         yield "trainer.data.mask must be null for Classify. Set trainer/data=labelled_video."
     if images is None and kinds - {"video"}:
@@ -129,6 +141,11 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     grid = [len(trainer.model.get(name) or [1]) for name in ("lr_factors", "weight_decay_factors")]
     if math.prod(grid) > 1 and not data.hold_out and trainer.mode != "val":
         yield "trainer.data.hold_out must be above 0 to choose one of several probes, got 0. Set trainer.data.hold_out=0.1."
+    if math.prod(grid) > 1 and own_task in ("MultiLabel", "Regress"):
+        yield (
+            f"trainer.model must be a single probe for {own_task}, got {math.prod(grid)}. Set trainer.model.lr_factors=[1] "
+            "trainer.model.weight_decay_factors=[1], and the learning rate with lr."
+        )
     if math.prod(grid) > 1 and optim.gradient_clip is not None:
         yield "trainer.optim.gradient_clip must be null for several probes: one norm would couple them. Set it to null."
     if math.prod(grid) > 1 and "weight_decay" not in optim.options and grid[1] > 1:
@@ -149,8 +166,9 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
 
 
 def _known_class(target: Mapping[str, Any]) -> str | None:
-    """Return the name of a class that stages use; None for a user's own class."""
+    """Return the name of a class that stages use; None for a user's own class. A task with labels counts as Classify."""
     name = target["_target_"].rpartition(".")[2]
+    name = "Classify" if name in LABEL_TASKS else name
     return name if any(name in (stage.task, stage.model) for stage in STAGES.values()) else None
 
 

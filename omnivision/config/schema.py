@@ -86,6 +86,9 @@ class SettingsGroup(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+LabelType = Literal["class", "multi_label", "regression"]
+
+
 class SplitSettings(SettingsGroup):
     paths: StrOrList
     labels: StrOrList | None = None
@@ -94,11 +97,14 @@ class SplitSettings(SettingsGroup):
 
 
 class DatasetSettings(SettingsGroup):
-    """An entry of the catalog."""
+    """An entry of the catalog. For `regression`, classes are targets."""
 
     kind: Literal["video", "image", "rgbd"] = "video"
+    label_type: LabelType = "class"
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     class_names: str | None = None
+    label_mean: list[float] | None = None
+    label_std: list[PositiveFloat] | None = None
     label_set: str | None = None
     prefix: RuntimeOnly[str] = ""
     remove_prefix: RuntimeOnly[str] = ""

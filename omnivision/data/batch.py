@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class Sample:
 
     video: Tensor  # uint8 (V, C, T, H, W), or (V, C, H, W) for an image
     mask: Tensor | None  # bool (V, T', H', W')
-    label: int
+    label: int | np.ndarray  # float32 (K,), except for classes
     source: str
     index: int  # position in its split of the decoded file, which may have replaced a bad one
     path: str
@@ -52,7 +53,7 @@ class Batch:
     """B clips from one source; the views of a video are adjacent."""
 
     video: Tensor  # (B, C, T, H, W) or images (B, C, H, W); uint8 from the workers
-    label: Tensor  # int64 (B,)
+    label: Tensor  # classes: int64 (B,), -1 if unknown; several classes or numbers: float32 (B, K), NaN if unknown
     index: Tensor  # int64 (B,), position in the source's split
     source: str
     paths: list[str]  # (B,)
@@ -132,7 +133,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         )
     return Batch(
         video=torch.cat([sample.video for sample in samples]),
-        label=torch.tensor([sample.label for sample in samples]).repeat_interleave(views),
+        label=torch.from_numpy(np.stack([sample.label for sample in samples])).repeat_interleave(views, dim=0),
         index=torch.tensor([sample.index for sample in samples]).repeat_interleave(views),
         source=samples[0].source,
         paths=[sample.path for sample in samples for _ in sample.video],

@@ -5,25 +5,32 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from omnivision.config.schema import DatasetSettings, SplitSettings, StrOrList
-from omnivision.data.groups import group_paths, hold_out
+from omnivision.config.schema import DatasetSettings, LabelType, SplitSettings, StrOrList
+from omnivision.data.groups import group_paths, hold_out, strata
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError, truncate_list
 
 __all__ = ["Dataset", "Split", "SplitSettings"]
 
 IGNORED_LABEL = -1
-# What each file holds: the allowed kinds of dtype, the shape of a sample's entry, and both in words.
+ANY = -1  # any length
+# What each file holds: the allowed kinds of dtype, the shape of a sample's entry, and both in words. Labels: by label type.
 ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "paths": ("U", (), "strings, one path per sample"),
     "depth": ("U", (), "strings, one path of a depth file per sample"),
-    "labels": ("iu", (), "integers, one label per sample"),
+    "class": ("iu", (), "integers, one label per sample"),
+    "multi_label": ("biu", (ANY,), "for each sample a row of 1, 0 or -1 (unknown), one column per class"),
+    "regression": (
+        "f",
+        (ANY,),
+        "for each sample a row of floating-point numbers (NaN: unknown), one column per target",
+    ),
     "segments": ("f", (2,), "floating-point numbers, start and end (s) of each sample"),
 }
 
@@ -76,18 +83,25 @@ def read_class_names(file: str, setting: str) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelSets:
-    """The head of each source, and the number of classes of each head. Sources with the same label set share a head."""
+    """The head of each source, and the number of classes of each head. Sources with the same label set share a head.
+
+    mean, std: for regression, of each target, by head (0 and 1 if the catalog does not say).
+    """
 
     classes: list[int]
     head: dict[str, int]  # source -> head
+    mean: list[list[float]] = field(default_factory=list)
+    std: list[list[float]] = field(default_factory=list)
 
 
 def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSets:
     """Assign a head to each label set (`Dataset.label_set`, else the dataset), in order; with `share_head` all share one.
 
-    Raises UserError for a source whose number of classes is unknown or differs from others of its label set.
+    Raises UserError for a source whose number of classes is unknown or differs from others of its label set, and for means and
+    deviations of targets that do.
     """
     classes: dict[str, int] = {}  # label set -> number of classes
+    scales: dict[str, tuple[list[float], list[float]]] = {}  # label set -> mean and standard deviation of each target
     head: dict[str, int] = {}
     for dataset in datasets:
         setting, count = f"datasets.{dataset.name}.num_classes", dataset.num_classes
@@ -103,7 +117,14 @@ def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSe
             )
         classes[name] = count
         head[dataset.name] = list(classes).index(name)
-    return LabelSets(list(classes.values()), head)
+        if dataset.label_type == "regression":
+            scale = dataset.label_mean or [0.0] * count, dataset.label_std or [1.0] * count
+            if {len(values) for values in scale} != {count} or scales.setdefault(name, scale) != scale:
+                raise UserError(
+                    f"datasets.{dataset.name}.label_mean and label_std must be a number for each of {count} targets, and equal "
+                    f"in all sources of a head; got {scale[0]} and {scale[1]}. omnivision prepare writes them for a dataset."
+                )
+    return LabelSets(list(classes.values()), head, *map(list, zip(*scales.values(), strict=True)))
 
 
 class Split:
@@ -133,7 +154,8 @@ class Split:
         self._open(where)
         samples = len(self._arrays["paths"]) if self._arrays["paths"].ndim else 0
         for what, array in self._arrays.items():
-            check_array(what, array, self._files[what], f"{where}.{what}", samples)
+            content = dataset.label_type if what == "labels" else what
+            check_array(content, array, self._files[what], f"{where}.{what}", samples)
         if "labels" in self._files:
             _check_labels(self._arrays["labels"], self._files["labels"], dataset)
         if "segments" in self._files:
@@ -147,8 +169,7 @@ class Split:
         """
         everything = np.arange(len(self))
         groups = group_paths(self.name, [self.path(index) for index in everything.tolist()], grouping)
-        labels = np.array([self.label(index) for index in everything.tolist()])
-        held = hold_out(groups, labels, share, seed=0, setting="trainer.data.hold_out_pattern")
+        held = hold_out(groups, strata(self.labels()), share, seed=0, setting="trainer.data.hold_out_pattern")
         self.held_out = copy.copy(self)
         self.held_out.which = "held_out"
         self.held_out.chosen, self.chosen = everything[held], everything[~held]
@@ -191,18 +212,40 @@ class Split:
         return f"{self._prefix}{path}{rules.suffix}"
 
     def label_counts(self) -> list[int]:
-        """Return the number of samples of each class; empty if the number of classes or the labels are unknown."""
-        if "labels" not in self._arrays or self.dataset.num_classes is None:
+        """Return the number of samples of each class; empty if the number of classes or the labels are unknown, and for
+        regression.
+        """
+        if "labels" not in self._arrays or self.dataset.num_classes is None or self.label_type == "regression":
             return []
-        labels = np.asarray(self._all("labels"))
+        labels = self.labels()
+        if self.label_type == "multi_label":
+            return (labels > 0).sum(0).tolist()
         return np.bincount(labels[labels >= 0], minlength=self.dataset.num_classes).tolist()
 
     def has_labels(self) -> bool:
         """Return whether any sample has a label."""
-        return "labels" in self._arrays and int(self._all("labels").max()) > IGNORED_LABEL
+        if "labels" not in self._arrays:
+            return False
+        labels = self.labels()
+        return bool(np.isfinite(labels).any() if self.label_type == "regression" else (labels > IGNORED_LABEL).any())
 
-    def label(self, index: int) -> int:
-        return int(self._arrays["labels"][self._at(index)]) if "labels" in self._arrays else IGNORED_LABEL
+    def label(self, index: int) -> int | np.ndarray:
+        """Return the label of a sample, -1 if there is none; except for classes, float32 (K,), NaN where it is unknown."""
+        if "labels" not in self._arrays:
+            return IGNORED_LABEL
+        label = self._arrays["labels"][self._at(index)]
+        if self.label_type == "class":
+            return int(label)
+        values = np.array(label, dtype=np.float32)
+        return np.where(values < 0, np.float32("nan"), values) if self.label_type == "multi_label" else values
+
+    def labels(self) -> np.ndarray:
+        """Return all labels as in their file: (N,), or except for classes (N, K)."""
+        return np.asarray(self._all("labels"))
+
+    @property
+    def label_type(self) -> LabelType:
+        return self.dataset.label_type
 
     def segment(self, index: int) -> Segment | None:
         """Return the part of the video that is the sample, as seconds [start, end); None for the whole video."""
@@ -254,7 +297,8 @@ def load_array(file: str, setting: str) -> np.ndarray:
 def check_array(what: str, array: np.ndarray, file: str, setting: str, samples: int) -> None:
     """Raise UserError unless an array holds `what` (see `ARRAYS`) for each of `samples`."""
     kinds, shape, content = ARRAYS[what]
-    if array.dtype.kind not in kinds or array.shape != (samples, *shape) or samples == 0:
+    expected = tuple(array.shape[1:2] or shape) if shape == (ANY,) else shape
+    if array.dtype.kind not in kinds or array.shape != (samples, *expected) or array.size == 0 or samples == 0:
         how, count = "as a list of str", "at least one"
         if what != "paths":
             how, count = "from the same list as the paths", f"as many as there are paths ({samples})"
@@ -265,6 +309,14 @@ def check_array(what: str, array: np.ndarray, file: str, setting: str, samples: 
 
 
 def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
+    if dataset.label_type != "class":
+        if dataset.num_classes not in (None, labels.shape[1]):
+            raise UserError(
+                f"{file} has {labels.shape[1]} columns, and datasets.{dataset.name}.num_classes is {dataset.num_classes}; "
+                "expected a column for each. Change one of them."
+            )
+        check_values(labels, file, dataset.label_type, f"datasets.{dataset.name}.label_type")
+        return
     low = int(labels.min())
     high = int(labels.max())
     classes = dataset.num_classes
@@ -275,6 +327,17 @@ def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
         most = "or more" if classes is None else f"to {classes - 1}"
         raise UserError(
             f"{file} holds labels from {low} to {high}; expected {IGNORED_LABEL} (ignored) {most}, from 0 on. {advice}"
+        )
+
+
+def check_values(labels: np.ndarray, file: str, label_type: LabelType, setting: str) -> None:
+    """Raise UserError unless labels of several classes are 1, 0 or -1, and numbers finite or NaN."""
+    wrong = np.isinf(labels) if label_type == "regression" else ~np.isin(labels, (-1, 0, 1))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(
+            f"{file} holds {labels[row, column]:g} in row {row}, column {column}; expected {ARRAYS[label_type][2]}. "
+            f"Correct it, or set another {setting}."
         )
 
 

@@ -84,6 +84,20 @@ def pattern_grouping(pattern: str, setting: str = "--group-pattern") -> Callable
     return grouping
 
 
+def strata(labels: np.ndarray) -> np.ndarray:
+    """Return the class by which each sample is spread over the sides of a split, int64 (N,).
+
+    `labels`: classes (N,), or rows (N, K) of 0, 1 and -1, whose rarest class counts, or of numbers, which are all alike.
+    """
+    if labels.ndim == 1:
+        return labels.astype(np.int64)
+    if labels.dtype.kind == "f":
+        return np.zeros(len(labels), dtype=np.int64)
+    present = labels > 0
+    rarest = np.where(present, present.sum(0), len(labels) + 1).argmin(1)
+    return np.where(present.any(1), rarest, -1)
+
+
 def hold_out(
     groups: Sequence[str], labels: np.ndarray, share: float, seed: int, setting: str = "--group-pattern"
 ) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch on the training device, and its soft targets.
+"""Mixup and CutMix of a batch on the training device, and its targets.
 
 timm's `Mixup` is not used, because draws must be keyed, timm takes seconds to import, and it rejects odd batches.
 """
@@ -51,25 +51,15 @@ class MixupCutmix:
             )
 
     def __call__(
-        self,
-        video: Tensor,
-        label: Tensor,
-        num_classes: int,
-        rng: np.random.Generator,
-        partner: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix float (B, C, T, H, W), or images (B, C, H, W), and labels int64 (B,).
+        self, video: Tensor, rng: np.random.Generator, partner_pixels: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """Mix float (B, C, T, H, W), or images (B, C, H, W); return the pixels, and lambda, by which to mix the targets.
 
-        Returns the mixed pixels, and two float32 (B, num_classes): the targets, and the same without label smoothing, to count
-        hits. `partner`: pixels and labels to mix these with; None takes them from this batch. The input is not changed.
-        Everything is drawn on the host, so the device does not have to wait.
+        `partner_pixels`: what to mix these with; None takes them from this batch. The input is not changed. Everything is
+        drawn on the host, so the device does not have to wait.
         """
-        partner_pixels, partner_labels = partner or (None, None)
         lam, box = self.draw(video.shape[-2], video.shape[-1], rng)
-        targets, weights = (
-            mixed_targets(label, num_classes, smoothing, lam, partner_labels) for smoothing in (self.label_smoothing, 0)
-        )
-        return mix(video, lam, box, partner_pixels), targets, weights
+        return mix(video, lam, box, partner_pixels), lam
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, Box | None]:
         """Draw lambda, a sample's own share of its mixture, and the box that CutMix replaces (None without CutMix)."""
@@ -139,6 +129,15 @@ def mixed_targets(
         partner_labels = label[partner_index(len(label), label.device)]
     own, other = (soft_targets(labels, num_classes, smoothing) for labels in (label, partner_labels))
     return own * lam + other * (1 - lam)
+
+
+def mixed_values(values: Tensor, lam: float, partner_values: Tensor | None = None) -> Tensor:
+    """Mix targets that are numbers, float32 (B, K), as `mix` mixes pixels. A number is unknown (NaN) if one of the two is."""
+    if lam == 1:
+        return values
+    if partner_values is None:
+        partner_values = values[partner_index(len(values), values.device)]
+    return values * lam + partner_values * (1 - lam)
 
 
 def soft_targets(label: Tensor, num_classes: int, smoothing: float) -> Tensor:

@@ -6,7 +6,7 @@ Only the mixing weights and the heads are trained and saved. Every attempt loads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,15 @@ class AveragedClassifier(nn.Module):
     def mixing_weights(self) -> Tensor:
         """Return the weight of each source: (K,), or (parameter tensors, K); sums to 1 over the sources."""
         return self.mixing_ratio.softmax(-1)
+
+    def mixing_metrics(self) -> dict[str, Any]:
+        """Return the mixing weight of each source, and of each tensor if they are learned per tensor."""
+        weights = self.mixing_weights().detach().cpu()
+        overall = weights.mean(0) if weights.ndim == 2 else weights
+        metrics: dict[str, Any] = {f"mixing_{k}": float(weight) for k, weight in enumerate(overall)}
+        if weights.ndim == 2:
+            metrics["mixing_by_tensor"] = dict(zip(self.names, weights.tolist(), strict=True))
+        return metrics
 
     def averaged_trunk(self) -> dict[str, Tensor]:
         """Return the averaged parameters by their names inside the trunk."""

@@ -87,6 +87,10 @@ def samples_of(split: FeatureSplit, device: torch.device, grouping: Callable[[st
     """
     where = f"{split.name}/{split.which}"
     values = np.asarray(split.labels)
+    if values.ndim > 1:
+        raise UserError(
+            f"{where} has several labels or numbers per video; a probe needs one class each. Give other data."
+        )
     known = values >= 0
     if split.config.stride is not None:
         raise UserError(

@@ -287,8 +287,8 @@ def claim(folder: Path, model: dict[str, str], config: FeatureConfig, split: Spl
 def describe_dataset(split: Split) -> dict[str, str]:
     """Return what else decides which frames are read, and what labels mean."""
     entry = split.dataset
-    names = ("kind", "prefix", "remove_prefix", "suffix", "remove_suffix", "fps", "frame_pattern")
-    facts = {name: str(getattr(entry, name)) for name in names if getattr(entry, name) not in ("", None)}
+    names = ("kind", "label_type", "prefix", "remove_prefix", "suffix", "remove_suffix", "fps", "frame_pattern")
+    facts = {name: str(getattr(entry, name)) for name in names if getattr(entry, name) not in ("", None, "class")}
     classes = entry.names() if entry.class_names else []
     digest = hashlib.sha256("\n".join(classes).encode()).hexdigest()
     return facts | ({"class_names": digest} if classes else {})
@@ -308,9 +308,10 @@ def join_parts(split: Split, files: Sequence[Path], target: Path, record: SplitR
         raise UserError(
             f"None of the {len(split)} videos of {split.name}.{split.which} can be read: {truncate_list(unreadable, 2)}."
         )
+    label = np.asarray(split.label(0))
     longest = max(len(split.path(index)) for index in range(len(split)))
     shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-        "features": (dtype, shape), "index": (np.dtype(np.int64), ()), "labels": (np.dtype(np.int64), ()),
+        "features": (dtype, shape), "index": (np.dtype(np.int64), ()), "labels": (label.dtype, label.shape),
         "paths": (np.dtype(f"U{longest}"), ()), "times": (np.dtype(np.float64), (2,)),
     }  # fmt: skip
     written = ["features", *(what for what in ARRAYS if what != "times" or timed)]

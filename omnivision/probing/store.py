@@ -3,7 +3,8 @@
     DIR/features.json              the model, the views, and for each split its number of rows and the hashes of its lists
     DIR/class_names/<dataset>.txt  one name per line, in the order of the labels
     DIR/<dataset>/<split>/features.npy   float16 or float32 (rows, D); with layers or times, (rows, [layers,] [T',] D)
-    DIR/<dataset>/<split>/index.npy, labels.npy    int64 (rows,): position in the split; label, -1 for none
+    DIR/<dataset>/<split>/index.npy, labels.npy    int64 (rows,): position in the split; label, -1 for none (several classes or
+                                                   numbers per video: float32 (rows, K), NaN for none)
     DIR/<dataset>/<split>/paths.npy      str (rows,)
     DIR/<dataset>/<split>/times.npy      float64 (rows, 2): start and end (s) of each window or segment, if there are any
 
@@ -121,7 +122,7 @@ def open_split(folder: Path, name: str, which: str) -> FeatureSplit:
         if what != "times" or (folder / key / "times.npy").exists()
         for file in [folder / key / f"{what}.npy"]
     }
-    kinds = {"features": "f", "index": "iu", "labels": "iu", "paths": "U", "times": "f"}
+    kinds = {"features": "f", "index": "iu", "labels": "iuf", "paths": "U", "times": "f"}
     for what, array in arrays.items():
         if array.dtype.kind not in kinds[what] or array.shape[:1] != (record.rows,):
             raise UserError(

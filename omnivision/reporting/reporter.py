@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from omnivision.reporting import images
 from omnivision.reporting.loggers import Logger, start_loggers
 from omnivision.reporting.logs import MetricsLog
-from omnivision.reporting.predictions import Predictions, confusion_image, write_predictions
+from omnivision.reporting.predictions import PICTURES, Predictions, draw, picture_name, write_predictions
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
 from omnivision.utils.streams import print_text
@@ -94,13 +94,13 @@ class Reporter:
             self._log(lambda logger: logger.log_image("pictures", self.run_dir.pictures / f"{name}.gif", step))
 
     def save_predictions(self, source: str, predictions: Predictions, step: int) -> None:
-        """Write the predictions for each video of a source, and draw its confusion matrix."""
+        """Write the predictions for each video of a source, and draw them."""
         if self._may_write():
             write_predictions(self.run_dir.predictions, source, predictions)
             self.run_dir.pictures.mkdir(exist_ok=True)
-            file = self.run_dir.pictures / f"confusion_{source}.png"
-            confusion_image(predictions, f"{source}, step {step}").save(file)
-            self._log(lambda logger: logger.log_image(f"confusion/{source}", file, step))
+            file = self.run_dir.pictures / picture_name(predictions.label_type, source)
+            draw(predictions, f"{source}, step {step}").save(file)
+            self._log(lambda logger: logger.log_image(f"{PICTURES[predictions.label_type]}/{source}", file, step))
 
     def _may_write(self) -> bool:
         """Return whether this is rank 0 and still holds the lock of the run directory."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from omnivision.config.schema import LabelType
 from omnivision.data.batch import Batch
 
 
@@ -17,8 +18,8 @@ class StepOutput:
     """Loss to differentiate (the mean over `count` samples) and, for the logs, sums over these samples.
 
     Micro-batches and ranks are weighted by their `count`, so that a step follows the mean over all counted samples.
-    `scores`, when evaluating a classifier: float (videos, classes), averaged over the views of a video. `logged_loss`: what a
-    step's log line shows, if it is not `loss`.
+    `scores`, when evaluating: float (videos, classes), averaged over the views of a video: logits, or for regression the
+    targets in their units. `logged_loss`: what a step's log line shows, if it is not `loss`.
     """
 
     loss: Tensor
@@ -37,7 +38,9 @@ class Visualization:
 
 
 class Task(Protocol):
-    """What a step computes. A subclass needs only the two step methods."""
+    """What a step computes. A subclass needs only the two step methods. `label_type`: what it learns from, if from labels."""
+
+    label_type: ClassVar[LabelType] = "class"
 
     def compile(self) -> None:
         """Compile what a step computes besides the model, if worthwhile."""

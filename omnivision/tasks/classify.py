@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
-from omnivision.data.mixing import MixupCutmix, partner_batch, soft_targets
+from omnivision.data.mixing import MixupCutmix, mixed_targets, partner_batch, soft_targets
 from omnivision.models.attentive import AttentiveClassifier
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
@@ -70,14 +70,11 @@ class Classify(Task):
             video, target = batch.video, soft_targets(batch.label, classes, smoothing=0)
             class_weights = target
         else:
-            rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
-            partner = None
-            if batch.parent is not None:  # a micro-batch
-                other = partner_batch(batch)
-                partner = _pixels(other), other.label
-            video, target, class_weights = self.mixing(_pixels(batch), batch.label, classes, rng, partner)
-            if depth is not None:
-                video, depth = video[:, :3], video[:, 3:]
+            video, depth, lam, partner_labels = mix_batch(self.mixing, batch)
+            target, class_weights = (
+                mixed_targets(batch.label, classes, smoothing, lam, partner_labels)
+                for smoothing in (self.mixing.label_smoothing, 0)
+            )
         logits = model(video, head, depth)
         weights = self._weights(head, logits.device)
         count = target.any(1).sum()  # a mixture counts if one of its two samples has a label
@@ -129,15 +126,8 @@ class Classify(Task):
         return chosen | {"top1_by_probe": top1, "videos": metrics["videos"]}
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Return the mixing weights of a learned average: per source, and per tensor if they are learned per tensor."""
-        if not isinstance(model, AveragedClassifier):
-            return {}
-        weights = model.mixing_weights().detach().cpu()
-        overall = weights.mean(0) if weights.ndim == 2 else weights
-        metrics: dict[str, Any] = {f"mixing_{k}": float(weight) for k, weight in enumerate(overall)}
-        if weights.ndim == 2:
-            metrics["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
-        return metrics
+        """Return the mixing weights of a learned average."""
+        return model.mixing_metrics() if isinstance(model, AveragedClassifier) else {}
 
 
 def balanced_weights(counts: Sequence[int]) -> Tensor:
@@ -167,6 +157,18 @@ def average_views(logits: Tensor, views: int, average: str) -> Tensor:
     if average == "logits":
         return logits.unflatten(0, (-1, views)).mean(1)
     return logits.log_softmax(-1).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
+
+
+def mix_batch(mixing: MixupCutmix, batch: Batch) -> tuple[Tensor, Tensor | None, float, Tensor | None]:
+    """Mix the pixels of a batch, or of a micro-batch with partners from the whole batch.
+
+    Returns the video, its depth, lambda, and the labels of the partners (None: those of this batch, see `partner_index`).
+    """
+    rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
+    partner = None if batch.parent is None else partner_batch(batch)
+    video, lam = mixing(_pixels(batch), rng, None if partner is None else _pixels(partner))
+    labels = None if partner is None else partner.label
+    return (video, None, lam, labels) if batch.depth is None else (video[:, :3], video[:, 3:], lam, labels)
 
 
 def _pixels(batch: Batch) -> Tensor:

@@ -67,7 +67,7 @@ class CheckSettings:
 
     Attributes:
         against: Another split, to find videos that are in both.
-        num_classes: Labels must be below this number (-1: ignored).
+        num_classes: Labels must be below this number (-1: ignored); with a row for each path, the number of columns.
         prefix: Text before each path, as in the catalog.
         quick: Read only the first, middle and last clip.
         json: Write the results of every sample to this file.
@@ -101,7 +101,7 @@ def check_data(
 
     Args:
         paths_file: 1-D array of paths of videos or frame folders.
-        labels_file: 1-D array of integers, one per path.
+        labels_file: Array of integers, one per path; or a row per path, of 1, 0 and -1 (several classes) or of numbers.
     """
     if settings.num_classes is not None and labels_file is None:
         raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
@@ -125,13 +125,18 @@ def check_data(
             sample.update(start=start, end=end)
         write_json(settings.json, {"summary": summary, "samples": samples})
     lines = _report(paths, checks, summary)
-    if labels is not None and labels_start_at_one(labels, settings.num_classes):
+    if labels is not None and labels.ndim == 1 and labels_start_at_one(labels, settings.num_classes):
         lines.append(
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift the labels of all splits: "
             f"{shift_command(str(labels_file))}"
         )
     for line in lines:
         print_text(printable(line))
+    columns = summary.get("labels", {}).get("columns")
+    if columns is not None and settings.num_classes not in (None, columns):
+        raise UserError(
+            f"{labels_file} has {columns} columns, and --num-classes is {settings.num_classes}. Change one of them."
+        )
     if out_of_range := summary.get("labels", {}).get("out_of_range"):
         print(
             f"error: {labels_file} has {plural(out_of_range, 'label')} out of range; expected at most "
@@ -272,7 +277,22 @@ def _summarize(checks: list[VideoCheck], segments: list[Segment] | None) -> dict
     }
 
 
+def _summarize_rows(labels: np.ndarray) -> dict[str, Any]:
+    """Summarize labels that are a row for each sample: by column."""
+    known = np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0
+    summary: dict[str, Any] = {"columns": labels.shape[1], "unknown": int((~known).sum())}
+    if labels.dtype.kind == "f":
+        columns = [own[ok] for own, ok in zip(labels.T, known.T, strict=True)]
+        ranges = [(own.min(), own.mean(), own.max()) if len(own) else (None,) * 3 for own in columns]
+        return summary | {
+            "least, mean, most": [[v if v is None else round(float(v), 6) for v in own] for own in ranges]
+        }
+    return summary | {"positives": (labels > 0).sum(0).tolist(), "without": int((~(labels > 0).any(1)).sum())}
+
+
 def _summarize_labels(labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
+    if labels.ndim > 1:
+        return _summarize_rows(labels)
     used, counts = np.unique(labels[labels >= 0], return_counts=True)
     classes, present = num_classes or (int(used[-1]) + 1 if len(used) else 0), set(used.tolist())
     return {
@@ -299,7 +319,20 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
     for how in ("rotated", "mirrored"):
         if summary[how]:
             lines.append(f"{how} by their headers: {summary[how]} (training sees them as players show them)")
-    if labels := summary.get("labels"):
+    if (labels := summary.get("labels")) and "columns" in labels:
+        lines.append(f"labels: {labels['columns']} columns; {labels['unknown']} values are unknown")
+        if "positives" in labels:
+            counts = labels["positives"]
+            lines.append(
+                f"positives per class: {min(counts)} to {max(counts)}; {labels['without']} samples have no class"
+            )
+            if never := [k for k, count in enumerate(counts) if not count]:
+                lines.append(f"classes that never occur: {truncate_list(never, _NUM_LISTED)}")
+        else:
+            ranges = enumerate(labels["least, mean, most"])
+            texts = [f"{k}: {low:g} to {high:g}, mean {mean:g}" for k, (low, mean, high) in ranges if mean is not None]
+            lines.append(f"targets: {truncate_list(texts, _NUM_LISTED, '; ')}")
+    elif labels:
         counts = [count for label, count in labels["histogram"].items() if int(label) < labels["classes"]]
         lines.append(
             f"labels: {len(counts)} of {labels['classes']} classes occur, {min(counts or [0])} to {max(counts or [0])} samples "

@@ -21,7 +21,7 @@ from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.streams import print_text, wide_console
 
 if TYPE_CHECKING:
-    from omnivision.tools.video_model import Prediction, VideoModel
+    from omnivision.tools.video_model import Estimate, Prediction, VideoModel
 
 BAR_WIDTH = 30
 CLIPS = 2
@@ -155,9 +155,15 @@ def check_out(out: Path, suffixes: tuple[str, ...], force: bool, video: str | No
         )
 
 
-def make_table(predictions: list[Prediction], width: int) -> Table:
-    """Return one row per class: its name, a bar (if there is room), and its probability in percent."""
+def make_table(predictions: list[Prediction] | list[Estimate], width: int) -> Table:
+    """Return a row per class: its name, a bar (if there is room), and its probability in percent; or per target: its value."""
+    from omnivision.tools.video_model import Estimate
+
     table = Table(box=None, show_header=False, pad_edge=False)
+    if isinstance(predictions[0], Estimate):
+        for own in predictions:
+            table.add_row(Text(f"  {own.name}"), f"{own.value:.4g}")
+        return table
     room = min(BAR_WIDTH, width - max(Text(prediction.name).cell_len for prediction in predictions) - 12)
     for prediction in predictions:
         bar = Bar(1, 0, prediction.probability, width=room, color="cyan") if room > 0 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import print_text, warn, wide_console
 
 TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
-COLUMNS = (*TOP1_COLUMNS, "best %", "loss", "model", "status", "age")
+COLUMNS = (*TOP1_COLUMNS, "mAP %", "MAE", "best %", "loss", "model", "status", "age")
+RARE = ("mAP %", "MAE")  # columns that are left out if they are empty
 TEXTS = ("run", "trunk", "starts from", "data", "model", "status", "age")
 # Columns that are dropped if the window is narrow, in this order.
 SPARE = ("age", "model", "chance %", "trunk", "minutes", "loss", "data", "starts from", "best %")
@@ -39,7 +41,7 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
         summaries = [summary for summary in summaries if summary["last"].get("val_top1") is not None]
         summaries.sort(key=lambda summary: (summary["run"].get("sources") or [], summary["last"]["val_top1"]))
     console, width = wide_console()
-    columns = list(TOP1_COLUMNS if top1 else COLUMNS)
+    columns = list(TOP1_COLUMNS if top1 else filled_columns([describe_run(summary) for summary in summaries]))
     spare = [column for column in SPARE if column in columns]
     left_out = []
     while console.measure(table := make_table(summaries, columns)).maximum > width and spare:
@@ -101,6 +103,11 @@ def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
     return table
 
 
+def filled_columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return COLUMNS, without rare ones that are empty in all rows."""
+    return [column for column in COLUMNS if column not in RARE or any(row[column] for row in rows)]
+
+
 def describe_run(summary: dict[str, Any]) -> dict[str, str]:
     """Return a cell for each of COLUMNS. Chance is the accuracy of a constant guess if all classes have the same size."""
     metadata, last = summary["run"], summary["last"]
@@ -113,8 +120,10 @@ def describe_run(summary: dict[str, Any]) -> dict[str, str]:
         "epochs": format_number(summary.get("epochs"), 0),
         "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
         "top-1 %": format_number(last.get("val_top1"), 1),
-        "chance %": format_number(100 / classes if classes else None, 1),
-        "best %": format_number(summary.get("best"), 1) if "val_top1" in last else "",
+        "mAP %": format_number(last.get("val_map"), 1),
+        "MAE": format_number(last.get("val_mae"), 3),
+        "chance %": format_number(100 / classes if classes and not {"val_map", "val_mae"} & {*last} else None, 1),
+        "best %": format_number(summary.get("best"), 1) if {"val_top1", "val_map"} & {*last} else "",
         "loss": format_number(last.get("val_loss", last.get("loss")), 3),
         "model": metadata.get("model") or "?",
         "status": summary["status"],

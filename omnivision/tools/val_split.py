@@ -10,7 +10,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from omnivision.data.catalog import load_array
-from omnivision.data.groups import GROUPINGS, group_videos, hold_out, pattern_grouping
+from omnivision.data.groups import GROUPINGS, group_videos, hold_out, pattern_grouping, strata
 from omnivision.tools.arguments import Regex, Segments, Share, at_least
 from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError, truncate_list
@@ -53,7 +53,7 @@ def val_split(
     if segments is None and beside != Path(labels_file) and beside.exists():
         raise UserError(f"{beside} is beside the labels. Pass --segments {beside}, or move it away for whole videos.")
     groups = group_videos(paths, GROUPINGS[dataset] if dataset else pattern_grouping(str(group_pattern)))
-    held = hold_out(groups, labels, share, seed)
+    held = hold_out(groups, strata(labels), share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
     splits = {
         side: ([paths[i] for i in indices], labels[indices], [times[i] for i in indices] if times else [])
@@ -73,10 +73,18 @@ def val_split(
 
 def _print_side(side: str, labels: np.ndarray, indices: np.ndarray, num_groups: int) -> None:
     """Print what a side has, and warn about classes that it lacks. `side`: OUT/train or OUT/val."""
-    classes, name = set(labels[indices].tolist()), os.path.basename(side)
+    classes, everywhere = (_classes(own) for own in (labels[indices], labels))
+    name = os.path.basename(side)
     print(
-        f"{name}: {len(indices)} videos ({len(indices) / len(labels):.1%}) in {num_groups} groups, {len(classes)} classes "
-        f"-> {side}_paths.npy, {name}_labels.npy"
+        f"{name}: {len(indices)} videos ({len(indices) / len(labels):.1%}) in {num_groups} groups"
+        f"{f', {len(classes)} classes' if everywhere else ''} -> {side}_paths.npy, {name}_labels.npy"
     )
-    if missing := sorted(set(labels.tolist()) - classes):
+    if missing := sorted(everywhere - classes):
         warn(f"classes without a video in {name}: {truncate_list(missing, 10)}.")
+
+
+def _classes(labels: np.ndarray) -> set[int]:
+    """Return the classes that occur; none for numbers."""
+    if labels.ndim == 1:
+        return set(labels.tolist())
+    return set() if labels.dtype.kind == "f" else set(np.flatnonzero((labels > 0).any(0)).tolist())

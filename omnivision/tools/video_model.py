@@ -53,6 +53,15 @@ class Prediction:
     probability: float
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A target of a regression and its value."""
+
+    name: str
+    label: int
+    value: float
+
+
 class Geometry(NamedTuple):
     """Shape of a clip and of its tokens."""
 
@@ -108,7 +117,8 @@ class VideoModel:
     def scores(
         self, video: str | Path, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
     ) -> np.ndarray:
-        """Return a video's logits, float32 (classes,), averaged over `clips` x `crops` views as in the run's evaluations.
+        """Return a video's logits, float32 (classes,), averaged over `clips` x `crops` views as in the run's evaluations; for
+        regression, the targets in their units.
 
         Raises UserError for an unreadable video, and for a model without classes.
         """
@@ -128,11 +138,12 @@ class VideoModel:
             )
 
     def _average(self, views: Tensor, head: int, averaged: int) -> np.ndarray:
-        """Return logits averaged over each `averaged` adjacent views, float32 (videos or windows, classes)."""
+        """Return scores averaged over each `averaged` adjacent views, float32 (videos or windows, classes)."""
         logits = self.model(views, head).float()
         if not logits.isfinite().all():
             raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another model.")
-        return average_views(logits, averaged, self.config.average).cpu().numpy()
+        scores = average_views(logits, averaged, self.config.average).cpu().numpy()
+        return self.config.outputs(scores, head) if self.config.label_type == "regression" else scores
 
     @torch.inference_mode()
     def timeline(
@@ -172,14 +183,20 @@ class VideoModel:
                 for views in track(read(), len(blocks))
             ]
         times = np.array([(start, start + seconds) for start in starts])
-        return Timeline(times, np.concatenate(scores), duration, self.config.class_names[head])
+        names, label_type = self.config.class_names[head], self.config.label_type
+        return Timeline(times, np.concatenate(scores), duration, names, label_type)
 
     def predict(
         self, video: str | Path, top: int = 5, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
-    ) -> list[Prediction]:
-        """Return the `top` likeliest classes of a video, best first. Raises UserError as `scores` does."""
-        probs = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
-        names = self.config.class_names[head]
+    ) -> list[Prediction] | list[Estimate]:
+        """Return the `top` likeliest classes of a video, best first; for regression, all targets in their order.
+
+        Raises UserError as `scores` does.
+        """
+        scores, names = self.scores(video, clips, crops, head, **frames), self.config.class_names[head]
+        if self.config.label_type == "regression":
+            return [Estimate(name, label, float(scores[label])) for label, name in enumerate(names)]
+        probs = self.config.outputs(scores, head)
         best = np.argsort(-probs, kind="stable")[:top]
         return [Prediction(names[label], int(label), float(probs[label])) for label in best]
 

@@ -71,12 +71,14 @@ def xray(
             f"{model.path} holds {type(model.model).__name__}, which has no classes. Give a model of a later stage "
             "(alignment, fine-tuning, probing)."
         )
+    if model.config.label_type != "class":
+        raise UserError(f"xray is for models with one class per video; {model.path} learned {model.config.label_type}.")
     in_run = model.path.parent.name == "checkpoints"
     out = what.out or (model.path.parent.parent / FOLDER if in_run else Path(f"{model.path}.{FOLDER}"))
     names = what.data or sources_of(model)
     found: dict[str, dict[str, Any]] = {}
     for split in open_data(names, out, model.path, options, splits=["val"]):
-        if not split.has_labels() or split.dataset.kind != "video":
+        if not split.has_labels() or split.dataset.kind != "video" or split.label_type != "class":
             raise UserError(f"{split.name} must have videos with labels of the model's classes. Set --data NAME.")
         result, examples = examine(model, split, find_head(model, split), what.limit, views, options)
         found[split.name] = summarize(result)

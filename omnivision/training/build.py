@@ -196,10 +196,17 @@ def resolve_class_names(settings: Settings) -> list[list[str]]:
 
 def build_inference_config(settings: Settings) -> InferenceConfig:
     """Return the evaluation settings that `omnivision.load` needs."""
+    sources = list(settings.trainer.data.sources.values())
+    label_type = sources[0].label_type if sources and not has_decoder(settings.trainer.model) else "class"
+    more: dict[str, Any] = {} if label_type == "class" else {"label_type": label_type}
+    if label_type == "regression":
+        labels = build_label_sets(settings)
+        more |= {"label_mean": labels.mean, "label_std": labels.std}
     return InferenceConfig(
         clip_duration=settings.trainer.data.clip_duration,
         class_names=resolve_class_names(settings),
         average="softmax" if settings.trainer.task.get("average") == "softmax" else "logits",
+        **more,
     )
 
 

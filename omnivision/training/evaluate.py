@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from omnivision.config.schema import TrainerSettings
+from omnivision.config.schema import LabelType, TrainerSettings
 from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import StepOutput
-from omnivision.tasks.metrics import VALIDATION_METRICS, Meter, Totals, averages
+from omnivision.tasks.metrics import Meter, Totals, averages, prediction_metrics
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import StopSignal
 
@@ -47,6 +47,7 @@ def evaluate_model(
     dist: Dist,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: StopSignal | None = None,
+    label_type: LabelType = "class",
 ) -> Evaluation | None:
     """Evaluate `model` on this rank's `batches` by a task's `step`; the result covers all ranks and is the same on each.
 
@@ -76,7 +77,8 @@ def evaluate_model(
         videos += len(batch) // batch.views
         if output.scores is not None:  # one row per video; the views of a video are adjacent in the batch
             index, label = batch.index[:: batch.views].numpy(), batch.label[:: batch.views].numpy()
-            part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
+            scores, paths = output.scores.float().cpu().numpy(), batch.paths[:: batch.views]
+            part = Predictions(index, label, scores, paths, label_type=label_type)
             predictions.setdefault(batch.source, []).append(part)
     ends = dist.all_gather_object((this_rank_stops, missing))
     if unreachable := [sample for _, samples in ends if len(samples) >= MAX_MISSING for sample in samples.values()]:
@@ -102,11 +104,10 @@ def compute_metrics(
     """Return the metrics of all sources together and of each source."""
     metrics: dict[str, Any] = averages(totals) | {"videos": videos}
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
-    for source, part in predictions.items():
-        confusion = part.confusion()
-        per_source[source] |= {name: 100 * metric(confusion) for name, metric in VALIDATION_METRICS.items()}
-    for name in VALIDATION_METRICS if predictions else ():
-        metrics[name] = sum(per_source[source][name] for source in predictions) / len(predictions)
+    found = {source: prediction_metrics(own.label_type, own.label, own.scores) for source, own in predictions.items()}
+    for source, own in found.items():
+        per_source[source] |= own
+        metrics |= {name: sum(each[name] for each in found.values()) / len(found) for name in own}
     return metrics, per_source
 
 
@@ -115,4 +116,5 @@ def merge_predictions(parts: Sequence[Predictions]) -> Predictions:
     index, label, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("index", "label", "scores"))
     paths = [path for part in parts for path in part.paths]
     order = np.argsort(index)
-    return Predictions(index[order], label[order], scores[order], [paths[i] for i in order])
+    label_type = parts[0].label_type
+    return Predictions(index[order], label[order], scores[order], [paths[i] for i in order], label_type=label_type)

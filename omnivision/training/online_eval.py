@@ -45,6 +45,11 @@ class OnlineSource:
     @classmethod
     def draw(cls, train: Split, val: Split, limit: int) -> OnlineSource:
         """Draw at most `limit` samples of each split, the same for every run. Raises UserError if they cannot be probed."""
+        if train.label_type != "class":
+            raise UserError(
+                f"trainer.online_eval.sources must have one class per video, got {train.name} with label_type "
+                f"{train.label_type}. Set other sources."
+            )
         source = cls(train, val, {split.which: _draw(split, limit) for split in (train, val)})
         labels = {which: np.array([split.label(i) for i in source.chosen[which]]) for which, split in source.splits()}
         for which, found in labels.items():

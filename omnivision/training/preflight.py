@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -281,13 +282,31 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
                 f"({truncate_list(missing)}); the head still has an output for each."
                 + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
-        for other in val:
+        if split.label_type == "regression":
+            yield from scale_warnings(split)
+        for other in val if split.label_type == "class" else ():
             if split.name == other.name and labels_off_by_one(used[split], used[other]):
                 yield (
                     f"{split.name}: labels start at {min(used[split])} in train and at {min(used[other])} in val, so the same "
                     "number may mean different classes. They must start at 0. Set "
                     f"datasets.{split.name}.train.labels or val.labels."
                 )
+
+
+def scale_warnings(split: Split) -> Iterator[str]:
+    """Warn about targets that the catalog's means and deviations do not bring near 0 and 1."""
+    entry, labels = split.dataset, split.labels().astype(np.float64)
+    for k, own in enumerate(labels.T):
+        own = own[np.isfinite(own)]
+        mean, std = (
+            values[k] if values else default for values, default in ((entry.label_mean, 0), (entry.label_std, 1))
+        )
+        if len(own) and (abs(own.mean() - mean) > std or not 0.2 < own.std() / std < 5):
+            yield (
+                f"{split.name}: the numbers of target {entry.names()[k]} have mean {own.mean():.4g} and standard deviation "
+                f"{own.std():.4g}, and the catalog says {mean:.4g} and {std:.4g}. Training standardizes them; set "
+                f"datasets.{split.name}.label_mean and label_std."
+            )
 
 
 def recipe_warnings(settings: Settings, clips: int) -> Iterator[str]:

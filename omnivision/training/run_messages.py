@@ -18,6 +18,8 @@ from omnivision.checkpoint.state_dict_file import describe_metrics
 from omnivision.config.schema import Settings
 from omnivision.models.architecture import architecture_of
 from omnivision.models.classifier import is_frozen
+from omnivision.reporting.predictions import picture_name
+from omnivision.tasks.metrics import RANKING_METRICS
 from omnivision.training.preflight import describe_split
 from omnivision.training.step_stats import RunState
 from omnivision.training.trainer import Trainer
@@ -68,11 +70,13 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
 
 
 def validation_lines(trainer: Trainer) -> list[str]:
-    """Return where an evaluation wrote its predictions and confusion matrices."""
-    run_dir, val_data = trainer.context.run_dir, trainer.val_data
-    sources = [split.name for split in val_data.dataset.splits] if val_data is not None else []
-    files = [(run_dir.predictions / f"{name}.csv", run_dir.pictures / f"confusion_{name}.png") for name in sources]
-    return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
+    """Return where an evaluation wrote its predictions, and pictures of them."""
+    run_dir, splits = trainer.context.run_dir, trainer.val_data.dataset.splits if trainer.val_data is not None else []
+    files = [
+        (run_dir.predictions / f"{split.name}.csv", run_dir.pictures / picture_name(split.label_type, split.name))
+        for split in splits
+    ]
+    return [f"predictions  {table}, picture {picture}" for table, picture in files if table.exists()]
 
 
 def describe_random(has_frozen: bool) -> str:
@@ -90,8 +94,10 @@ def end_lines(trainer: Trainer) -> list[str]:
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {plural(state.epoch, 'epoch')} in {seconds}"]
     if state.best is not None:
-        metrics = {"val_top1": state.best, "val_loss": state.best_loss}
-        best = describe_metrics(metrics if "val_top1" in trainer.state.last_metrics else {"val_loss": state.best})
+        ranked = [f"val_{name}" for name in RANKING_METRICS if f"val_{name}" in trainer.state.last_metrics][:1]
+        best = describe_metrics(
+            {ranked[0]: state.best, "val_loss": state.best_loss} if ranked else {"val_loss": state.best}
+        )
         lines.append(
             f"best         {f'epoch {state.best_epoch}, ' if state.best_epoch else ''}{best}: {run_dir.checkpoints / BEST}"
         )

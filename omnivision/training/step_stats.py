@@ -19,7 +19,7 @@ from omnivision.distributed.fsdp import local_tensor
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.logs import BadSampleLedger, MetricsLog
 from omnivision.reporting.run_directory import RunDir
-from omnivision.tasks.metrics import Meter
+from omnivision.tasks.metrics import RANKING_METRICS, Meter
 from omnivision.utils.errors import NonFiniteError, UserError
 
 MIN_LOSS_SCALE = 1e-4  # for fp16; the scale starts at 65536 and is halved after each overflow
@@ -32,7 +32,7 @@ class RunState:
     steps_per_epoch: int = 1
     epoch: int = 0
     step: int = 0
-    best: float | None = None  # top-1 (%) or loss of best.pt
+    best: float | None = None  # top-1 or mAP (%), or loss of best.pt
     best_loss: float | None = None
     best_epoch: int | None = None  # counted from 1
     seconds: float = 0.0  # accumulated up to `start_time`
@@ -57,13 +57,12 @@ class RunState:
     def update_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep an evaluation of the current epoch unless an earlier one is better; return whether it was kept.
 
-        Higher top-1 is better (lower loss if there is no top-1), then lower loss, then the later epoch.
+        Higher top-1 or mAP is better (lower loss if there is neither), then lower loss, then the later epoch.
         """
-        top1, loss = metrics.get("top1"), metrics.get("loss", math.nan)
-        value = loss if top1 is None else top1
+        loss = metrics.get("loss", math.nan)
+        value, sign = next(((metrics[name], 1) for name in RANKING_METRICS if name in metrics), (loss, -1))
         if not math.isfinite(value):
             return False
-        sign = -1 if top1 is None else 1
         known = loss if math.isfinite(loss) else math.inf
         before = math.inf if self.best_loss is None else self.best_loss  # checkpoints of older versions lack it
         if self.best is not None and (sign * value, -known) < (sign * self.best, -before):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from omnivision.checkpoint import checkpointer, sharded
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.checkpoint.state_dict_file import describe_checkpoint
-from omnivision.config.schema import TrainerSettings
+from omnivision.config.schema import LabelType, TrainerSettings
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import Draw, SourcePlan, keyed_rng
@@ -289,7 +289,9 @@ class Trainer:
         ):
             if not self._choose():
                 return None
-            result = evaluate_model(self.task.evaluation_step, self.raw_model, batches, dist, self._autocast, stop)
+            label_type: LabelType = getattr(self.task, "label_type", "class")  # a user's own task may lack it
+            step = self.task.evaluation_step
+            result = evaluate_model(step, self.raw_model, batches, dist, self._autocast, stop, label_type)
         if result is None:
             return None
         self.step_stats.record_bad(result.bad)

@@ -28,9 +28,9 @@ from omnivision.data.sampling import Request, keyed_rng
 from omnivision.interop.complete import complete_model
 from omnivision.models.architecture import from_architecture
 from omnivision.reporting.logs import read_lines
-from omnivision.reporting.predictions import Predictions, read_predictions
+from omnivision.reporting.predictions import Predictions, read_predictions, table_cells
 from omnivision.reporting.run_directory import RunDir
-from omnivision.tasks.metrics import VALIDATION_METRICS
+from omnivision.tasks.metrics import PREDICTION_METRICS, RANKING_METRICS, prediction_metrics, to_probabilities
 from omnivision.training import build
 from omnivision.training.evaluate import evaluation_settings
 from omnivision.training.trainer import resolve_amp_dtype
@@ -41,7 +41,7 @@ Verdict = Literal["holds", "wrong", "changed", "unchecked"]
 TOLERANCE = 1e-3  # percentage points, and loss: rounding of a sum in another order
 # How far probabilities of the same weights may differ: evaluated both times in float32, or once in half precision.
 PROBABILITY_TOLERANCE = {True: 1e-3, False: 0.05}
-NUMBERS = ("loss", "top1", "top5", *VALIDATION_METRICS)
+NUMBERS = ("loss", "top1", "top5", *(name for own in PREDICTION_METRICS.values() for name in own))
 
 
 class Claim(NamedTuple):
@@ -79,7 +79,7 @@ def verify_run(
     if not files:
         raise UserError(f"{folder} has no predictions to verify. Give a run of a later stage that validates.")
     predictions = {name: _read(file) for name, file in files.items()}
-    claims = [*metric_claims(summary, predictions), *log_claims(run, summary)]
+    claims = [*metric_claims(summary, predictions, settings), *log_claims(run, summary)]
     claims += [claim for name, file in files.items() for claim in table_claims(file, predictions[name])]
     claims += weight_claims(run)
     weights = _evaluated_weights(run, summary)
@@ -103,33 +103,45 @@ def _read(file: Path) -> Predictions:
         raise UserError(f"{file} cannot be read: {error}. Validate the run again, trainer.mode=val.") from None
 
 
-def metric_claims(summary: Mapping[str, Any], predictions: Mapping[str, Predictions]) -> list[Claim]:
+def metric_claims(
+    summary: Mapping[str, Any], predictions: Mapping[str, Predictions], settings: Settings
+) -> list[Claim]:
     """Compare the metrics in the summary with those of the predictions."""
     last = summary.get("last") or {}
     totals: dict[str, float] = {}
     count = 0
-    for part in predictions.values():
-        known = part.label >= 0
-        logits, label = (
-            torch.from_numpy(part.scores[known]).double(),
-            torch.from_numpy(part.label[known].astype(np.int64)),
-        )
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]
-        sums = {
-            "loss": float(torch.nn.functional.cross_entropy(logits, label, reduction="sum")),
-            "top1": 100.0 * int(best[:, 0].sum()),
-            "top5": 100.0 * int(best.any(1).sum()),
-        }
-        count += len(label)
+    for source, part in predictions.items():
+        sums, videos = _sums(part, settings, source)
+        count += videos
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
     found = {name: value / max(1, count) for name, value in totals.items()}
-    for name, metric in VALIDATION_METRICS.items():
-        found[name] = 100 * float(np.mean([metric(part.confusion()) for part in predictions.values()]))
+    parts = [prediction_metrics(part.label_type, part.label, part.scores) for part in predictions.values()]
+    found |= {name: float(np.mean([own[name] for own in parts])) for name in parts[0]}
     return [
         _compare(f"{name} of the summary, from the predictions", last[f"val_{name}"], found[name])
         for name in NUMBERS
-        if isinstance(last.get(f"val_{name}"), (int, float))
+        if name in found and isinstance(last.get(f"val_{name}"), (int, float))
     ]
+
+
+def _sums(part: Predictions, settings: Settings, source: str) -> tuple[dict[str, float], int]:
+    """Return sums over the videos with a label, of the loss and of top-1 and top-5 (%), and their number."""
+    scores = torch.from_numpy(part.scores).double()
+    if part.label_type == "class":
+        known = torch.from_numpy(part.label >= 0)
+        logits, label = scores[known], torch.from_numpy(part.label.astype(np.int64))[known]
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]
+        loss = float(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
+        return {"loss": loss, "top1": 100.0 * int(best[:, 0].sum()), "top5": 100.0 * int(best.any(1).sum())}, len(label)
+    target = torch.from_numpy(part.label).double()
+    known = target.isfinite()
+    if part.label_type == "multi_label":
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, target.nan_to_num(), reduction="none")
+    else:
+        entry = settings.trainer.data.sources.get(source)
+        losses = ((scores - target) / torch.tensor((entry and entry.label_std) or [1.0], dtype=torch.float64)) ** 2
+    mean = torch.where(known, losses, 0).sum(1) / known.sum(1).clamp(min=1)
+    return {"loss": float(mean.sum())}, int(known.any(1).sum())
 
 
 def _compare(what: str, recorded: float, found: float) -> Claim:
@@ -148,9 +160,14 @@ def log_claims(run: RunDir, summary: Mapping[str, Any]) -> list[Claim]:
         if isinstance(last.get(f"val_{name}"), (int, float)) and isinstance(lines[-1].get(name), (int, float)):
             claims.append(_compare(f"{name} of the summary, from the log", last[f"val_{name}"], lines[-1][name]))
     trained = (summary.get("evaluation") or {}).get("mode") != "val"  # such an evaluation replaces its line in the log
-    if trained and summary.get("best") is not None and all("top1" in line for line in lines):
-        best = max(line["top1"] for line in lines)
-        claims.append(_compare("best top1 of the summary, from the log", summary["best"], best))
+    for name in RANKING_METRICS:
+        if (
+            trained
+            and summary.get("best") is not None
+            and all(isinstance(line.get(name), (int, float)) for line in lines)
+        ):
+            best = max(line[name] for line in lines)
+            claims.append(_compare(f"best {name} of the summary, from the log", summary["best"], best))
     return claims
 
 
@@ -161,12 +178,10 @@ def table_claims(file: Path, predictions: Predictions) -> list[Claim]:
         return [Claim(f"{table.name}", "", "missing", "unchecked")]
     with open(table, encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
-    names, best = predictions.class_names, np.argsort(-predictions.scores, axis=1, kind="stable")[:, 0]
-    expected = [
-        (path, names[label] if label >= 0 else "", names[guess])
-        for path, label, guess in zip(predictions.paths, predictions.label.tolist(), best.tolist(), strict=True)
-    ]
-    given = [(row.get("path"), row.get("label"), row.get("predicted_1")) for row in rows]
+    header, cells = table_cells(predictions)
+    wanted = [place for place, name in enumerate(header) if not name.startswith(("correct", "probability"))]
+    expected = [(path, *(str(own[k]) for k in wanted)) for path, own in zip(predictions.paths, cells, strict=True)]
+    given = [(row.get("path"), *(row.get(header[k]) for k in wanted)) for row in rows]
     differing = sum(one != other for one, other in zip(expected, given, strict=False)) + abs(len(expected) - len(given))
     found = f"{differing} rows differ from {file.name}" if differing else f"equal to {file.name}"
     return [Claim(f"{table.name}", f"{len(given)} rows", found, "wrong" if differing else "holds")]
@@ -267,7 +282,7 @@ def prediction_claims(
             if len(batch):
                 with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
                     scores = task.evaluation_step(model, batch.to(device)).scores
-                found[int(batch.index[0])] = scores.float().softmax(1).cpu().numpy()[0]
+                found[int(batch.index[0])] = scores.float().cpu().numpy()[0]
         claims += _compare_predictions(
             split.name, recorded, positions, found, exact and dtype is None, files[split.name]
         )
@@ -277,21 +292,29 @@ def prediction_claims(
 def _compare_predictions(
     name: str, recorded: Predictions, positions: np.ndarray, found: Mapping[int, np.ndarray], exact: bool, file: Path
 ) -> list[Claim]:
-    """Compare recorded with recomputed probabilities. Videos that are newer than the predictions count as changed data."""
-    probabilities, wrong, newer, largest, other_class = recorded.probabilities, 0, 0, 0.0, 0
+    """Compare recorded with recomputed probabilities (of targets: values, in deviations of the recorded ones).
+
+    Videos that are newer than the predictions count as changed data.
+    """
+    wrong, newer, largest, other_class = 0, 0, 0.0, 0
+    is_value = recorded.label_type == "regression"
+    unit = np.maximum(recorded.scores.std(0), 1e-6) if is_value else np.ones(recorded.scores.shape[1])
+    probabilities = recorded.scores if is_value else recorded.probabilities
     for position in positions.tolist():
         own = found.get(int(recorded.index[position]))
-        difference = math.inf if own is None else float(np.abs(own - probabilities[position]).max())
+        if own is not None and not is_value:
+            own = to_probabilities(own, recorded.label_type)
+        difference = math.inf if own is None else float((np.abs(own - probabilities[position]) / unit).max())
         largest = max(largest, difference)
         if difference > PROBABILITY_TOLERANCE[exact]:
             path = Path(recorded.paths[position])
             is_newer = not path.exists() or path.stat().st_mtime > file.stat().st_mtime
             newer += is_newer
             wrong += not is_newer
-        elif own is not None:
+        elif own is not None and recorded.label_type == "class":
             other_class += int(own.argmax() != probabilities[position].argmax())
     what = f"predictions of {name}, from weights and data"
-    text = f"largest difference of a probability {largest:.2g}"
+    text = f"largest difference of a {'value, in standard deviations,' if is_value else 'probability'} {largest:.2g}"
     if wrong:
         return [Claim(what, f"{len(positions)} videos", f"{wrong} differ; {text}", "wrong")]
     if newer:

@@ -145,10 +145,31 @@ class Figures(unittest.TestCase):
         self.assertEqual(lists, [["d"]])
         (found,) = figures.mistakes(predictions, 9, {}).values()
         self.assertEqual([mistake.path for mistake in found], ["d", "a", "b"])
-        self.assertEqual((found[0].label, found[0].predicted, found[0].clip), ("x", "y", ""))
-        self.assertAlmostEqual(found[0].of_label, 5, places=4)
+        self.assertEqual(found[0].clip, "")
+        self.assertEqual("".join(text for text, _ in found[0].caption), "x, 5 %, taken for y, 95 %")
         bars = figures.class_accuracy(predictions)
         self.assertLess(bars.index("0 of 1"), bars.index("1 of 3"))
+
+    def test_mistakes_with_several_classes(self):
+        label = np.array([[1, 0], [np.nan, 1], [0, 0]], np.float32)
+        scores = np.array([[-2, -9], [9, 3], [1, -3]], np.float32)
+        names = ["<b>", "y"]
+        predictions = Predictions(np.arange(3), label, scores, [*"abc"], class_names=names, label_type="multi_label")
+        missed, invented = figures.mistakes(predictions, 2, {}).values()
+        self.assertEqual([(own.path, own.caption[0][0]) for own in missed], [("a", "<b>"), ("b", "y")])
+        self.assertEqual([(own.path, own.caption[0][0]) for own in invented], [("c", "<b>"), ("c", "y")])
+        self.assertNotIn("<b>", figures.class_precision(predictions))
+
+    def test_mistakes_with_numbers(self):
+        """In deviations of the target: a metre is more than a millimetre."""
+        label = np.array([[1, 1000], [2, 2000], [3, np.nan]], np.float32)
+        values = label + np.array([[0.1, 0], [0, 900], [1.5, 5]], np.float32)
+        names = ["<b>", "mm"]
+        predictions = Predictions(np.arange(3), label, values, [*"abc"], class_names=names, label_type="regression")
+        (found,) = figures.mistakes(predictions, 3, {}).values()
+        self.assertEqual([own.path for own in found], ["c", "b", "a"])
+        self.assertEqual("".join(text for text, _ in found[1].caption), "mm 2000, predicted 2900")
+        self.assertNotIn("<b>", figures.values(predictions) + figures.errors(predictions))
 
     def test_curves(self):
         """A long curve ends with its last value; a run has its colour in every figure."""

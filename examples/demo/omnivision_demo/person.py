@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from omnivision_demo.camera import Pen
 from omnivision_demo.draws import Colour, between, hsv, pick, scaled, stream, varied
-from omnivision_demo.spec import ACTIONS, VideoSpec
+from omnivision_demo.spec import ACTIONS, VideoSpec, draw_heading
 
 Array = NDArray[np.float64]
 
@@ -73,7 +73,7 @@ def joints(body: Body, spec: VideoSpec) -> Array:
     """Return joint positions in world units, float64 (T, len(JOINTS), 3): x to the right, y up, z to the camera."""
     # The stance, which no action moves. Half turned: from the front, forward motion could not be seen.
     draw = spec.stream("stance")
-    yaw = between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)  # heading, radians; 0 faces the camera
+    yaw = draw_heading(draw)
     twist = between(draw, 0.0, 1.0)  # of the upper arms about themselves, radians
     x = between(draw, -0.16, 0.16)
     angle = _angles(spec.channels())

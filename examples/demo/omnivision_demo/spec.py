@@ -68,6 +68,16 @@ class VideoSpec:
         """Return a generator of this video, which does not depend on its label."""
         return stream(self.seed, name, self.domain, self.split, self.index)
 
+    @property
+    def turns(self) -> float:
+        """Turns per second of the channel that moves, on average."""
+        return float(_draw_motion(self.stream("motion"))[3][self.label])
+
+    @property
+    def heading(self) -> float:
+        """Where the person faces, in radians to the right of the camera."""
+        return draw_heading(self.stream("stance"))
+
     def channels(self) -> NDArray[np.float64]:
         """Return the motion: channel values, float64 (T, len(ACTIONS))."""
         return motion(self.label, self.frames, self.fps, self.stream("motion"))
@@ -97,14 +107,27 @@ def video_spec(seed: int, domain: str, split: str, index: int) -> VideoSpec:
 
 def motion(label: int, frames: int, fps: float, draw: np.random.Generator) -> NDArray[np.float64]:
     """Return channel values, float64 (frames, len(ACTIONS)), within about [-1, 1]; channel `label` moves."""
-    channels = len(ACTIONS)
     seconds = np.arange(frames)[:, None] / fps  # (T, 1)
-    # Everything is drawn for every channel, so that no draw depends on the label.
-    phase, wobble_phase, idle_phase = draw.uniform(0, 2 * np.pi, (3, channels))
-    amplitude = draw.uniform(0.8, 1.0, channels)
-    turns, idle_turns = draw.uniform(*_TURNS, channels), draw.uniform(0.2, 0.5, channels)
+    (phase, wobble_phase, idle_phase), amplitude, idle_turns, turns = _draw_motion(draw)
     # The speed varies by up to 10 percent.
     run = 2 * np.pi * turns * seconds + 0.2 * np.sin(2 * np.pi * 0.4 * seconds + wobble_phase)  # (T, C)
-    value = amplitude * np.sin(phase + np.where(np.arange(channels) == label, run, 0.0))
+    value = amplitude * np.sin(phase + np.where(np.arange(len(ACTIONS)) == label, run, 0.0))
     # All channels, the moving one too, sway a little.
     return value + 0.04 * np.sin(2 * np.pi * idle_turns * seconds + idle_phase)
+
+
+def _draw_motion(draw: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
+    """Return three phases (3, C), and for each channel amplitude, turns per second while idle, and while it moves.
+
+    Everything is drawn for every channel, so that no draw depends on the label.
+    """
+    channels = len(ACTIONS)
+    phases = draw.uniform(0, 2 * np.pi, (3, channels))
+    amplitude = draw.uniform(0.8, 1.0, channels)
+    turns, idle_turns = draw.uniform(*_TURNS, channels), draw.uniform(0.2, 0.5, channels)
+    return phases, amplitude, idle_turns, turns
+
+
+def draw_heading(draw: np.random.Generator) -> float:
+    """Draw where a person faces, radians; 0 faces the camera."""
+    return between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
+from omnivision.config.schema import LabelType
 from omnivision.data.catalog import read_class_names
-from omnivision.data.groups import group_videos, hold_out, pattern_grouping, video_key
+from omnivision.data.groups import group_videos, hold_out, pattern_grouping, strata, video_key
 from omnivision.tools.arguments import (
     DEFAULT_FPS,
     File,
@@ -56,6 +57,10 @@ class SourceSettings:
             as train=a,train=b,val=c; none: no folder or value is a split (default: by their names).
         columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: which columns of lists to use, by name or number;
             others are ignored (default: by their names). start and end are seconds.
+        label_type: What a sample has: one class; several (a column with a list of names, or for each class a column of 1 and 0,
+            -1 or nothing if unknown); or numbers (a column for each target). Several columns are
+            --columns path=NAME,label=NAME,label=NAME.
+        label_separator: What separates the classes of a list.
         fold: Which of the splits of UCF101 or HMDB51.
         class_names: Class names in the order of labels, one per line.
         prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the list).
@@ -72,6 +77,8 @@ class SourceSettings:
     test: List = None
     splits: Annotated[str | None, Parameter(metavar="S")] = None
     columns: Annotated[str | None, Parameter(metavar="C")] = None
+    label_type: LabelType = "class"
+    label_separator: Annotated[str, Parameter(metavar="TEXT")] = ";"
     fold: Annotated[int, at_least(1)] = 1
     class_names: File = None
     prefix: Annotated[str | None, Parameter(metavar="FOLDER")] = None
@@ -191,7 +198,11 @@ def _transcode_config(source_settings: SourceSettings, transcode_settings: Trans
 def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
     """Return the samples of a source, with numbered classes and paths relative to the root."""
     names = read_class_names(source_settings.class_names, "--class-names") if source_settings.class_names else []
-    index = indexing.number_classes(_read_source(Path(source), source_settings), names)
+    index = _read_source(Path(source), source_settings)
+    if source_settings.label_type == "class":
+        index = indexing.number_classes(index, names)
+    else:
+        index = indexing.number_targets(index, source_settings.label_type, names, source_settings.label_separator)
     index = locate_videos(
         index, source_settings.prefix, not source_settings.no_check_files, source_settings.skip_missing
     )
@@ -203,7 +214,7 @@ def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
     groups = [video_key(record.path) for record in train]
     if source_settings.group_pattern is not None:
         groups = group_videos([record.path for record in train], pattern_grouping(source_settings.group_pattern))
-    held = hold_out(groups, np.array([record.label for record in train]), source_settings.hold_out, SEED)
+    held = hold_out(groups, strata(indexing.label_array(train, index)), source_settings.hold_out, SEED)
     sides = [
         dataclasses.replace(record, split="val" if is_held else "train")
         for record, is_held in zip(train, held, strict=True)
@@ -216,6 +227,10 @@ def _read_source(source: Path, source_settings: SourceSettings) -> DatasetIndex:
     lists: dict[str | None, str] = {split: file for split in SPLITS if (file := getattr(source_settings, split))}
     kind = source_settings.format or _recognize(source, bool(lists))
     unused = {"--columns": source_settings.columns, "--train, --val, --test": lists} if kind != "csv" else {}
+    if kind != "csv" and source_settings.label_type != "class":
+        unused |= {"--label-type": source_settings.label_type}
+    if not source_settings.label_separator:
+        raise UserError("--label-separator must not be empty.")
     unused |= {"--splits": source_settings.splits} if kind in READERS else {}
     if any(unused.values()):
         raise UserError(f"SOURCE ({source}) is read as {kind}, without {', '.join(unused)}. Leave them out.")
@@ -224,7 +239,9 @@ def _read_source(source: Path, source_settings: SourceSettings) -> DatasetIndex:
     splits = None if source_settings.splits is None else indexing.parse_splits(source_settings.splits)
     if kind == "csv":
         root = source if lists else source.parent
-        return read_csv_lists(lists or {None: str(source)}, str(root), source_settings.columns, splits)
+        files = lists or {None: str(source)}
+        several = source_settings.label_type, source_settings.label_separator
+        return read_csv_lists(files, str(root), source_settings.columns, splits, *several)
     if kind == "folders":
         return read_class_folders(str(source), splits)
     return READERS[kind][1](source, source_settings.fold)
@@ -255,6 +272,8 @@ def _stamp(
     stamp: dict[str, Any] = {"source": os.path.abspath(source), "prefix": index.root, "transcoded": transcoded}
     if source_settings.hold_out is not None:
         stamp["held out"] = [source_settings.hold_out, source_settings.group_pattern]
+    if source_settings.label_type != "class":
+        stamp["label type"] = source_settings.label_type
     return stamp | {
         option: value for option in ("splits", "columns") if (value := getattr(source_settings, option)) is not None
     }
@@ -276,14 +295,26 @@ def _entry(
         fps = config.frames_fps
     entry: dict[str, Any] = {
         "kind": "video",
+        "label_type": None if index.label_type == "class" else index.label_type,
         "num_classes": len(index.classes),
         "class_names": str(out / "class_names.txt"),
         "prefix": f"{prefix.rstrip('/')}/",
         "fps": int(fps) if fps and fps == int(fps) else fps,
         "frame_pattern": pattern,
     }
+    if index.label_type == "regression":
+        entry |= _scales(index)
     entry |= {split: output.files(out, index, split) for split in index.splits if split != "test"}
     return {key: value for key, value in entry.items() if value is not None}
+
+
+def _scales(index: DatasetIndex) -> dict[str, list[float]]:
+    """Return mean and standard deviation of each target, over the training samples if there are any, with five digits."""
+    labels = indexing.label_array(index.splits.get("train", index.records), index).astype(np.float64)
+    known = [own[np.isfinite(own)] for own in labels.T]
+    means = [float(f"{own.mean() if len(own) else 0:.5g}") for own in known]
+    deviations = [float(f"{own.std() if len(own) else 1:.5g}") or 1.0 for own in known]
+    return {"label_mean": means, "label_std": deviations}
 
 
 def _transcode(out: Path, index: DatasetIndex, config: TranscodeConfig, workers: int | None) -> DatasetIndex:

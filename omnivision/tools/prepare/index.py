@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
+from omnivision.config.schema import LabelType
 from omnivision.data.catalog import labels_off_by_one, labels_start_at_one
 from omnivision.data.frames import natural_sort_key
 from omnivision.data.groups import video_key
@@ -35,10 +38,13 @@ _SUGGESTS_SPLIT = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: path, class as in the source (later its number), split, and position in the source."""
+    """One sample: path, class as in the source (later its number), split, and position in the source.
+
+    With several classes or numbers: a tuple, of texts, later of 1, 0 and -1 by class, or of values by target.
+    """
 
     path: str
-    label: str | int
+    label: Any
     split: str
     where: str
     segment: Segment | None = None  # [start, end) in seconds; None: the whole video
@@ -50,7 +56,8 @@ class DatasetIndex:
 
     records: Sequence[Record]
     root: str
-    classes: Sequence[str] = ()  # names in the order of labels, if known
+    classes: Sequence[str] = ()  # names in the order of labels, or of targets, if known
+    label_type: LabelType = "class"
 
     @property
     def splits(self) -> dict[str, list[Record]]:
@@ -137,6 +144,72 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
     return replace(index, records=[replace(r, label=numbers[r.label]) for r in index.records], classes=classes)
 
 
+def number_targets(
+    index: DatasetIndex, label_type: LabelType, names: Sequence[str] = (), separator: str = ";"
+) -> DatasetIndex:
+    """Return the index with several classes or numbers as labels.
+
+    index: with tuples of texts as labels. Several texts are values of the classes or targets `index.classes`; a single one
+    lists classes, between `separator`s, and rows of the same sample add up. names: as for `number_classes`.
+    Raises UserError for values that are not 1, 0 or -1, or not numbers, and for names of classes as `number_classes` does.
+    """
+    if not index.records:
+        raise UserError(f"{index.root} holds no videos. Change SOURCE.")
+    if index.classes:
+        if names and len(names) != len(index.classes):
+            raise UserError(f"--class-names must name the {len(index.classes)} label columns, got {len(names)} names.")
+        parse = _parse_number if label_type == "regression" else _parse_yes_no
+        problems, records = [], []
+        for record in index.records:
+            values = [parse(text) for text in record.label]
+            wrong = [text for text, value in zip(record.label, values, strict=True) if value is None]
+            problems += [f"{record.where}: {text[:40]}" for text in wrong[:1]]
+            records.append(replace(record, label=tuple(values)))
+        if problems:
+            expected = (
+                "numbers (nothing: unknown)" if label_type == "regression" else "1, 0 or -1 (or nothing: unknown)"
+            )
+            raise listing_error(f"Label columns must hold {expected}", problems, "Fix the list, or set --columns.")
+        _check_names(classes := list(names or index.classes))
+        return replace(index, records=records, classes=classes, label_type=label_type)
+    listed = [
+        [text.strip() for text in str(record.label[0]).split(separator) if text.strip()] for record in index.records
+    ]
+    flat = [replace(record, label=name) for record, found in zip(index.records, listed, strict=True) for name in found]
+    numbered = number_classes(replace(index, records=flat), names)
+    numbers = iter(numbered.records)
+    merged: dict[tuple[Any, ...], set[int]] = {}
+    for record, found in zip(index.records, listed, strict=True):
+        merged.setdefault((record.split, record.path, record.segment), set()).update(next(numbers).label for _ in found)
+    records = []
+    for record in index.records:
+        own = merged.pop((record.split, record.path, record.segment), None)
+        if own is not None:
+            records.append(replace(record, label=tuple(int(k in own) for k in range(len(numbered.classes)))))
+    return replace(index, records=records, classes=numbered.classes, label_type=label_type)
+
+
+def _parse_yes_no(text: str) -> int | None:
+    """Return 1, 0, or -1 for an empty text; None for other texts."""
+    words = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0, "-1": -1, "-1.0": -1, "": -1}
+    return words.get(text.lower())
+
+
+def _parse_number(text: str) -> float | None:
+    """Return a finite number, or NaN for an empty text; None for other texts."""
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        return None
+    return None if math.isinf(value) else value
+
+
+def label_array(records: Sequence[Record], index: DatasetIndex) -> np.ndarray:
+    """Return the labels of records as an array: int64 (N,); several classes: int8 (N, K); numbers: float32 (N, K)."""
+    dtype = {"class": np.int64, "multi_label": np.int8, "regression": np.float32}[index.label_type]
+    return np.array([record.label for record in records], dtype=dtype)
+
+
 def _check_names(classes: Sequence[str]) -> None:
     alike = defaultdict(list)
     for name in classes:
@@ -150,6 +223,10 @@ def _check_names(classes: Sequence[str]) -> None:
 
 def warn_about_labels(index: DatasetIndex) -> None:
     """Warn about classes that do not occur (in train), and about labels that are unlikely to be classes."""
+    if index.label_type != "class":
+        for split, records in index.splits.items():
+            _warn_about_rows(split, label_array(records, index), index.classes)
+        return
     used = {split: {int(record.label) for record in records} for split, records in index.splits.items()}
     everywhere = set().union(*used.values())
     train = used.get("train", set())
@@ -169,6 +246,16 @@ def warn_about_labels(index: DatasetIndex) -> None:
         warn(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to learn.")
     elif len(everywhere) == len(index.records):
         warn("Each sample has a different class. Check that the labels are classes, not names of videos.")
+
+
+def _warn_about_rows(split: str, labels: np.ndarray, names: Sequence[str]) -> None:
+    """Warn about classes without a sample or without a counterexample, and about targets that do not vary."""
+    known = np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0
+    constant = [name for name, own, ok in zip(names, labels.T, known.T, strict=True) if len(set(own[ok].tolist())) < 2]
+    if constant:
+        warn(
+            f"{len(constant)} of {len(names)} have the same value in all samples of {split}: {truncate_list(constant)}."
+        )
 
 
 def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:

@@ -1,6 +1,7 @@
 """Lists of samples as text: rows of `path;label` or `path,label`, with or without a header, with names or integers as labels.
 
-Columns are identified by their names: path, label, split, start and end (seconds). Unused columns are reported.
+Columns are identified by their names: path, label, split, start and end (seconds). Unused columns are reported. With several
+classes or numbers per sample, there may be several label columns, one for each class or target.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from omnivision.config.schema import LabelType
 from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.index import (
     DatasetIndex,
@@ -30,7 +32,7 @@ _PATHS = (  # column names of paths, the best first, then of video names
     "youtube_id yt_id video_id vid clip_id clip_name name id"
 ).split()
 _LABELS = (
-    "label class category action activity target class_name label_name action_name "
+    "label labels class category action activity target class_name label_name action_name "
     "class_id label_id action_id class_index label_index"
 ).split()
 # Words in the names of other columns. Names of time columns may also contain _UNITS: "t_start", "Start Time (s)".
@@ -61,8 +63,8 @@ class _Table:
         """Return an error about the table's columns."""
         return UserError(
             f"{self.file} {problem}. Its columns are {truncate_list(self.names, 20)}. Set --columns path=NAME,label=NAME "
-            "and, if used, split=NAME or start=NAME,end=NAME (seconds), by names or numbers (1, 2, ...). Others are then "
-            "ignored."
+            "(with --label-type also several label=NAME) and, if used, split=NAME or start=NAME,end=NAME (seconds), by names "
+            "or numbers (1, 2, ...). Others are then ignored."
         )
 
 
@@ -71,36 +73,49 @@ def read_csv_lists(
     root: str,
     columns: str | None = None,
     chosen: Mapping[str, str] | None = None,
+    label_type: LabelType = "class",
+    separator: str = "",
 ) -> DatasetIndex:
     """Read CSV files. files: split -> file; the file under None is divided by its split column, or is the train split.
 
     columns: ROLE=COLUMN,... by name or number; None: by their names. chosen: value in the split column -> split; empty: there
-    is no split column; None: by the values' names. Raises UserError that lists the invalid rows, and for columns that select a
-    part of a video or of the rows in an unsupported way.
+    is no split column; None: by the values' names. label_type: except for classes, the label of a record is a tuple of texts,
+    one for each label column; several columns name the classes or targets. separator: what separates the classes in a field,
+    and so never the fields. Raises UserError that lists the invalid rows, and
+    for columns that select a part of a video or of the rows in an unsupported way.
     """
     records: list[Record] = []
+    names: list[str] = []
     for own, file in files.items():
-        table = _read(Path(file), columns)
-        roles = _chosen_roles(table, columns) if columns else _find_roles(table)
+        table = _read(Path(file), columns, separator if label_type == "multi_label" else "")
+        roles = _chosen_roles(table, columns, label_type) if columns else _find_roles(table)
         if chosen == {}:
             roles.pop("split", None)
-        found = _records(table, roles, _splits_of_values(table, roles.get("split"), chosen), own)
+        found = _records(table, roles, _splits_of_values(table, roles.get("split"), chosen), own, label_type)
         records += found
+        targets = [table.names[column] for role, column in roles.items() if _is_label(role)]
+        if names and names != targets:
+            raise table.error(f"has the label columns {truncate_list(targets)}, another list {truncate_list(names)}")
+        names = targets if label_type == "regression" or len(targets) > 1 else []
         used = ", ".join(f"{role} from column {table.names[column]}" for role, column in roles.items())
         unused = ", ".join(name for column, name in enumerate(table.names) if column not in roles.values())
         print(f"{file}: {used}{' (seconds)' if 'start' in roles else ''}. Not used: {unused or 'none'}.")
         if len(found) < len(table.rows):
             print(f"{file}: {len(table.rows) - len(found)} rows of other splits are skipped.")
-    return DatasetIndex(records, root)
+    return DatasetIndex(records, root, names)
 
 
-def _read(file: Path, columns: str | None) -> _Table:
-    """Read a table. Rows are numbered from 1, like lines; empty rows are left out."""
+def _is_label(role: str) -> bool:
+    return role.partition(" ")[0] == "label"
+
+
+def _read(file: Path, columns: str | None, separator: str) -> _Table:
+    """Read a table, not delimited by `separator`. Rows are numbered from 1, like lines; empty rows are left out."""
     try:
         if not file.is_file():  # a pipe would block
             raise OSError("no such file")
         text = file.read_text(encoding="utf-8-sig")
-        delimiter = _delimiter(text)
+        delimiter = _delimiter(text, separator)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
         rows = [(number, row) for number, row in cells if any(row)]
@@ -119,23 +134,28 @@ def _read(file: Path, columns: str | None) -> _Table:
     return _Table(file, delimiter, rows[has_header:], columns_named, has_header)
 
 
-def _delimiter(text: str) -> str:
-    """Return the first delimiter that splits at least half of the rows, else a comma."""
+def _delimiter(text: str, separator: str) -> str:
+    """Return the first delimiter, other than `separator`, that splits at least half of the rows, else a comma."""
     lines = [line for line in text.splitlines() if line.strip()]
-    for delimiter in _DELIMITERS:
+    for delimiter in [each for each in _DELIMITERS if each != separator]:
         rows = [next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), []) for line in lines]
         if lines and 2 * sum(len(row) > 1 for row in rows) >= len(lines):
             return delimiter
     return ","
 
 
-def _chosen_roles(table: _Table, columns: str) -> dict[str, int]:
-    """Return the column of each role that --columns gives."""
+def _chosen_roles(table: _Table, columns: str, label_type: LabelType) -> dict[str, int]:
+    """Return the column of each role that --columns gives; further label columns are the roles "label 1", "label 2", ..."""
     items = [item.partition("=")[::2] for item in columns.split(",")]
+    if label_type != "class":
+        labels = [place for place, (role, _) in enumerate(items) if role == "label"]
+        for number, place in enumerate(labels[1:], start=1):
+            items[place] = f"label {number}", items[place][1]
     numbers = {str(number): number - 1 for number in range(1, len(table.names) + 1)}
     unique = {name: column for column, name in enumerate(table.names) if table.names.count(name) == 1}
     roles = {role: unique.get(name, numbers.get(name, -1)) for role, name in items}
-    is_known = {"path", "label"} <= roles.keys() <= set(_ROLES) and ("start" in roles) == ("end" in roles)
+    known = {role for role in roles if not role.startswith("label ")}
+    is_known = {"path", "label"} <= known <= set(_ROLES) and ("start" in roles) == ("end" in roles)
     if not is_known or -1 in roles.values() or len(set(roles.values())) < len(items):
         raise table.error(f"must have one column for each of --columns {columns}")
     return roles
@@ -214,7 +234,11 @@ def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, st
 
 
 def _records(
-    table: _Table, roles: Mapping[str, int], splits: Mapping[str, str] | None, own: str | None
+    table: _Table,
+    roles: Mapping[str, int],
+    splits: Mapping[str, str] | None,
+    own: str | None,
+    label_type: LabelType = "class",
 ) -> list[Record]:
     """Return the records of a table. own: the split that the list was given for."""
     width = max(len(table.names), *(column + 1 for column in roles.values()))
@@ -226,7 +250,8 @@ def _records(
         fields = {role: cells[column] for role, column in roles.items()}
         split = own or "train" if splits is None else splits.get(fields["split"].lower())
         segment = _segment(table.names[roles["end"]], fields) if "start" in fields else None
-        if not fields["path"] or fields["label"] in _NO_LABELS:
+        texts = tuple("" if text in _NO_LABELS else text for role, text in fields.items() if _is_label(role))
+        if not fields["path"] or (label_type == "class" and not texts[0]):
             problems.append(f"row {number} has no path or label")
         elif own and split not in (None, own):
             problems.append(f"row {number} is of the {split} split in the list --{own}")
@@ -234,7 +259,8 @@ def _records(
             problems.append(f"row {number} has the times {fields['start']!r}, {fields['end']!r}")
         elif split:
             where = f"{table.file.name}, row {number}"
-            records.append(Record(fields["path"], fields["label"], split, where, segment))
+            label = fields["label"] if label_type == "class" else texts
+            records.append(Record(fields["path"], label, split, where, segment))
     if problems:
         raise listing_error(
             f"{table.file} has invalid rows",

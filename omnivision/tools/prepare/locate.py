@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from omnivision.data.frames import IMAGE_SUFFIXES, SeveralSeriesError
 from omnivision.data.groups import VIDEO_SUFFIXES, drop_suffix
@@ -60,23 +61,24 @@ def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> 
             for file in files:
                 names[drop_suffix(file)].append(os.path.join(parent, file))
 
-    def find(path: str, label: str) -> str | None:
+    def find(path: str, label: Any) -> str | None:
         if found := _on_disk(path):
             return found
         paths = names.get(os.path.basename(drop_suffix(path)), []) if os.path.dirname(path) == folder else []
         if len(paths) > 1:  # the same name in several classes
-            paths = [path for path in paths if label.replace(" ", "_") in path.replace(" ", "_").split("/")]
+            name = classes[label].replace(" ", "_") if isinstance(label, int) else None
+            paths = [path for path in paths if name in path.replace(" ", "_").split("/")]
         return paths[0] if len(paths) == 1 else None
 
     def find_trimmed(row: Record) -> Record | None:
         if row.segment is None:
             return None
         start, end = row.segment
-        file = find(f"{drop_suffix(row.path)}_{start:06.0f}_{end:06.0f}", classes[int(row.label)])
+        file = find(f"{drop_suffix(row.path)}_{start:06.0f}_{end:06.0f}", row.label)
         return replace(row, path=file, segment=None) if file else None
 
     def find_whole(row: Record) -> Record | None:
-        file = find(row.path, classes[int(row.label)])
+        file = find(row.path, row.label)
         return replace(row, path=file) if file else None
 
     with ThreadPoolExecutor(16) as pool:  # the threads mostly wait for a file server

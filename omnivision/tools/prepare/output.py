@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from omnivision.data.catalog import IGNORED_LABEL, check_array, check_segments, load_array
+from omnivision.config.schema import LabelType
+from omnivision.data.catalog import IGNORED_LABEL, check_array, check_segments, check_values, load_array
 from omnivision.data.sampling import Segment
-from omnivision.tools.prepare.index import MAX_CLASSES, DatasetIndex, printable
+from omnivision.tools.prepare.index import MAX_CLASSES, DatasetIndex, label_array, printable
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, write_atomically, write_json
 
@@ -37,9 +38,10 @@ _HEADER = "# @package _global_"  # without this, Hydra would put `datasets` belo
 def read_arrays(
     paths_file: str, labels_file: str | None = None, segments_file: str | None = None
 ) -> tuple[list[str], np.ndarray | None, list[Segment] | None]:
-    """Return the paths, labels (int64) and segments (start, end in seconds) of a split; None for arrays not given.
+    """Return the paths, labels and segments (start, end in seconds) of a split; None for arrays not given.
 
-    Raises UserError for arrays that do not hold what the catalog's `ARRAYS` says, and for labels that are not class numbers.
+    Labels are int64 (N,), or as they are if they are a row for each sample (see `label_type_of`). Raises UserError for arrays
+    that do not hold what the catalog's `ARRAYS` says, and for labels that are not class numbers.
     """
     arrays = {}
     for what, file, argument in (
@@ -52,9 +54,12 @@ def read_arrays(
                 problem = "is a folder" if os.path.isdir(file) else "no such file"
                 raise UserError(f"{file}: {problem}. Expected a .npy file; give another {argument}.")
             arrays[what] = load_array(file, argument)
-            check_array(what, arrays[what], file, argument, arrays["paths"].size)
+            content = label_type_of(arrays[what]) if what == "labels" else what
+            check_array(content, arrays[what], file, argument, arrays["paths"].size)
     labels, segments = arrays.get("labels"), arrays.get("segments")
-    if labels is not None and not IGNORED_LABEL <= labels.min() <= labels.max() < MAX_CLASSES:
+    if labels is not None and labels.ndim > 1:
+        check_values(labels, str(labels_file), label_type_of(labels), "LABELS")
+    elif labels is not None and not IGNORED_LABEL <= labels.min() <= labels.max() < MAX_CLASSES:
         raise UserError(
             f"{labels_file} holds labels from {labels.min()} to {labels.max()}; expected {IGNORED_LABEL} (ignored) to "
             f"{MAX_CLASSES - 1}. Fix LABELS."
@@ -63,19 +68,27 @@ def read_arrays(
         check_segments(segments, str(segments_file), "--segments")
     return (
         list(map(str, arrays["paths"])),
-        None if labels is None else labels.astype(np.int64),
+        None if labels is None else labels.astype(np.int64) if labels.ndim == 1 else np.array(labels),
         None if segments is None else [(float(start), float(end)) for start, end in segments],
     )
+
+
+def label_type_of(labels: np.ndarray) -> LabelType:
+    """Return what an array of labels is: by its shape and dtype."""
+    if labels.ndim < 2:
+        return "class"
+    return "regression" if labels.dtype.kind == "f" else "multi_label"
 
 
 def write_split(
     folder: Path, split: str, paths: Sequence[str], labels: np.ndarray, segments: Sequence[Segment | None] = ()
 ) -> None:
-    """Write <split>_paths.npy (N, unicode), <split>_labels.npy (N, int64) and <split>_segments.npy (N, 2, float64).
+    """Write <split>_paths.npy (N, unicode), <split>_labels.npy (N, int64; rows of int8 or float32) and <split>_segments.npy
+    (N, 2, float64).
 
     Without segments (an empty list, or all None), samples are whole videos, and no segments file is written.
     """
-    arrays = {"paths": np.array(paths, dtype=str), "labels": labels.astype(np.int64)}
+    arrays = {"paths": np.array(paths, dtype=str), "labels": labels.astype(np.int64) if labels.ndim == 1 else labels}
     if any(segments):
         arrays["segments"] = np.array(segments, dtype=np.float64)
     else:
@@ -98,11 +111,11 @@ def write_splits(out: Path, index: DatasetIndex) -> int:
     num_moved = 0
     for split, records in index.splits.items():
         paths = [record.path for record in records]
-        labels = np.array([record.label for record in records])
-        write_split(out, split, paths, labels, [record.segment for record in records])
+        write_split(out, split, paths, label_array(records, index), [record.segment for record in records])
         num_moved += len(before.get(split, set()) & set(paths))
         names = ", ".join(os.path.basename(file) for file in files(out, index, split).values())
-        print(f"{out}/{names}: {len(records)} samples of {len(index.classes)} classes")
+        what = "targets" if index.label_type == "regression" else "classes"
+        print(f"{out}/{names}: {len(records)} samples of {len(index.classes)} {what}")
     return num_moved
 
 

@@ -20,7 +20,12 @@ from omnivision.tools.runs import read_summaries
 from omnivision.utils.streams import warn
 
 MAX_POINTS = 2000  # per curve
-RESULTS = (("val_top1", "top-1, %"), ("val_loss", "loss, validation"), ("loss", "loss, training"))
+RESULTS = (
+    ("val_top1", "top-1, %"),
+    ("val_map", "mAP, %"),
+    ("val_loss", "loss, validation"),
+    ("loss", "loss, training"),
+)
 
 
 class ProbeResult(BaseModel):
@@ -96,7 +101,7 @@ class Run:
 
     @property
     def result(self) -> tuple[str, float] | None:
-        """Name and value of the metric that ranks a run: top-1 (%), else a loss."""
+        """Name and value of the metric that ranks a run: top-1 or mAP (%), else a loss."""
         found = [(label, self.last[name]) for name, label in RESULTS if self.last.get(name) is not None]
         return found[0] if found else None
 

@@ -24,6 +24,7 @@ from omnivision.data.sampling import Segment, clip_window, sample_duration, unif
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import resize_short_side
 from omnivision.reporting.predictions import Predictions
+from omnivision.tasks.metrics import PREDICTION_METRICS, average_precisions, regression_errors
 from omnivision.tools.report.collect import Run
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # color-blind safe
@@ -74,19 +75,59 @@ def class_accuracy(predictions: Predictions) -> Markup:
     """Draw the accuracy of each class that has videos, worst first."""
     matrix = predictions.confusion()
     counts, right = matrix.sum(1), matrix.diagonal()
-    accuracy = 100 * right / np.maximum(counts, 1)
-    order = [label for label in np.argsort(accuracy, kind="stable") if counts[label]]
+    texts = [f"{own} of {count}" for own, count in zip(right, counts, strict=True)]
+    accuracy = np.where(counts > 0, 100 * right / np.maximum(counts, 1), np.nan)
+    return _class_bars(accuracy, texts, predictions.class_names, "accuracy, %")
+
+
+def class_precision(predictions: Predictions) -> Markup:
+    """Draw the average precision of each class that has videos, worst first."""
+    texts = [f"{count} videos" for count in (predictions.label > 0).sum(0)]
+    found = 100 * average_precisions(predictions.label, predictions.scores)
+    return _class_bars(found, texts, predictions.class_names, "average precision, %")
+
+
+def _class_bars(percent: np.ndarray, texts: Sequence[str], names: Sequence[str], title: str) -> Markup:
+    """Draw a bar for each class with a value, the lowest first."""
+    order = [label for label in np.argsort(percent, kind="stable") if np.isfinite(percent[label])]
     figure = graph.Figure(
         graph.Bar(
-            x=accuracy[order], y=[html.escape(predictions.class_names[label]) for label in order], orientation="h",
-            text=[f"{right[label]} of {counts[label]}" for label in order], textposition="outside",
+            x=percent[order], y=[html.escape(names[label]) for label in order], orientation="h",
+            text=[texts[label] for label in order], textposition="outside",
             marker={"color": COLORS[0]}, hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(order))
+    figure.update_layout(xaxis_title=title, height=120 + 18 * len(order))
     figure.update_xaxes(range=[0, 108], tickvals=list(range(0, 101, 20)))
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
     return to_html(figure)
+
+
+def values(predictions: Predictions) -> Markup:
+    """Draw predicted over labelled values, each target in its own color; targets are shown and hidden in the legend."""
+    figure = graph.Figure()
+    for k, name in enumerate(map(html.escape, predictions.class_names)):
+        label, value = predictions.label[:, k], predictions.scores[:, k]
+        figure.add_scatter(
+            x=label, y=value, mode="markers", name=name, marker={"color": COLORS[k % len(COLORS)], "size": 6, "opacity": 0.7},
+            visible=True if k == 0 else "legendonly", text=[html.escape(path) for path in predictions.paths],
+            hovertemplate="%{text}: %{x:.4g}, predicted %{y:.4g}<extra>" + name + "</extra>",
+        )  # fmt: skip
+    figure.update_layout(xaxis_title="label", yaxis_title="predicted", showlegend=True, height=460)
+    return to_html(figure)
+
+
+def errors(predictions: Predictions) -> Markup:
+    """Return a table of each target's errors and correlation."""
+    found = regression_errors(predictions.label, predictions.scores)
+    head = "".join(f'<th class="number">{PREDICTION_METRICS["regression"][name]}</th>' for name in found)
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f'<td class="number">{own[k]:.4g}</td>' for own in found.values())
+        + "</tr>"
+        for k, name in enumerate(predictions.class_names)
+    )
+    return Markup(f'<div class="wide"><table><tr><th>target</th>{head}</tr>{rows}</table></div>')
 
 
 def scatter(places: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> Markup:
@@ -117,21 +158,77 @@ def to_html(figure: graph.Figure) -> Markup:
 
 
 class Mistake(NamedTuple):
-    """A video with its label and prediction, their probabilities in %, and its clip as a data URL ("" if unreadable)."""
+    """A video with what is wrong about it, in parts that are strong or not, and its clip as a data URL ("" if unreadable)."""
 
     path: str
-    label: str
-    predicted: str
-    of_label: float
-    confidence: float
+    caption: list[tuple[str, bool]]
     clip: str
 
 
 def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> dict[str, list[Mistake]]:
-    """Return the most confident mistakes and the worst, by heading; one list if both have the same videos.
+    """Return the worst mistakes by heading.
 
     `entry` is the catalog entry: `fps` and `frame_pattern` of frame folders, and the `prefix` to remove from paths.
     """
+    prefix = resolve_prefix(entry.get("prefix") or "")
+    fps = entry["fps"] if isinstance(entry.get("fps"), (int, float)) else 25.0  # it may be a reference to a setting
+
+    def describe(video: int, caption: list[tuple[str, bool]]) -> Mistake:
+        path, times = predictions.paths[video], ""
+        segment = None if predictions.segments is None else tuple(predictions.segments[video].tolist())
+        if segment is not None:
+            times = f" ({segment[0]:g} to {segment[1]:g} s)"
+        clip = animate(path, fps, entry.get("frame_pattern"), segment)
+        return Mistake(path.removeprefix(prefix) + times, caption, clip)
+
+    find = {"class": _wrong_classes, "multi_label": _wrong_labels, "regression": _wrong_values}[predictions.label_type]
+    lists = find(predictions, count)
+    return {heading: [describe(*mistake) for mistake in videos] for heading, videos in lists.items() if videos}
+
+
+Found = dict[str, list[tuple[int, list[tuple[str, bool]]]]]  # heading -> video and caption
+
+
+def _wrong_labels(predictions: Predictions, count: int) -> Found:
+    """Return the least probable of the true classes, and the most probable of the others."""
+    probs, names = predictions.probabilities, predictions.class_names
+    missed = np.where(predictions.label == 1, probs, np.nan)
+    invented = np.where(predictions.label == 0, probs, np.nan)
+
+    def lists(values: np.ndarray, best: np.ndarray) -> list[tuple[int, list[tuple[str, bool]]]]:
+        chosen = [k for k in np.argsort(best.ravel(), kind="stable") if np.isfinite(values.ravel()[k])][:count]
+        return [
+            (video, [(names[k], True), (f", {100 * probs[video, k]:.0f} %", False)])
+            for video, k in (divmod(int(place), len(names)) for place in chosen)
+        ]
+
+    missed_list = lists(missed, missed)
+    return {"True, and least probable": missed_list, "Not true, and most probable": lists(invented, -invented)}
+
+
+def _wrong_values(predictions: Predictions, count: int) -> Found:
+    """Return the largest errors, in standard deviations of the labels."""
+    known = np.isfinite(predictions.label)
+    spread = np.array(
+        [
+            max(float(np.std(own[ok])), 1e-12) if ok.any() else 1.0
+            for own, ok in zip(predictions.label.T, known.T, strict=True)
+        ]
+    )
+    error = np.where(known, np.abs(predictions.scores - predictions.label) / spread, 0).max(1)
+    which = np.where(known, np.abs(predictions.scores - predictions.label) / spread, 0).argmax(1)
+    found = []
+    for video in np.argsort(-error, kind="stable")[:count].tolist():
+        k = int(which[video])
+        value, label = predictions.scores[video, k], predictions.label[video, k]
+        found.append(
+            (video, [(predictions.class_names[k], False), (f" {label:.4g}", True), (f", predicted {value:.4g}", False)])
+        )
+    return {"The largest errors": found}
+
+
+def _wrong_classes(predictions: Predictions, count: int) -> Found:
+    """Return the most confident mistakes and the worst; one list if both have the same videos."""
     probs, label = predictions.probabilities, predictions.label
     predicted, confidence = probs.argmax(1), probs.max(1)
     of_label = np.take_along_axis(probs, np.maximum(label, 0)[:, None], 1)[:, 0]
@@ -144,19 +241,13 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
     }
     if set(most_confident) == set(worst):
         lists = {"The mistakes, the most confident first": most_confident}
-    names, prefix = predictions.class_names, resolve_prefix(entry.get("prefix") or "")
-    fps = entry["fps"] if isinstance(entry.get("fps"), (int, float)) else 25.0  # it may be a reference to a setting
+    names = predictions.class_names
 
-    def describe(video: int) -> Mistake:
-        path, times = predictions.paths[video], ""
-        segment = None if predictions.segments is None else tuple(predictions.segments[video].tolist())
-        if segment is not None:
-            times = f" ({segment[0]:g} to {segment[1]:g} s)"
-        clip = animate(path, fps, entry.get("frame_pattern"), segment)
-        texts = path.removeprefix(prefix) + times, names[label[video]], names[predicted[video]]
-        return Mistake(*texts, float(100 * of_label[video]), float(100 * confidence[video]), clip)
+    def caption(video: int) -> list[tuple[str, bool]]:
+        true = (names[label[video]], True), (f", {100 * of_label[video]:.0f} %, taken for ", False)
+        return [*true, (names[predicted[video]], True), (f", {100 * confidence[video]:.0f} %", False)]
 
-    return {heading: [describe(video) for video in videos] for heading, videos in lists.items() if len(videos)}
+    return {heading: [(int(video), caption(video)) for video in videos] for heading, videos in lists.items()}
 
 
 def read_middle(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> Tensor | None:

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from omnivision.config.flat import used_settings
 from omnivision.probing.xray import VERDICTS
-from omnivision.tasks.metrics import VALIDATION_METRICS
+from omnivision.reporting.predictions import Predictions
+from omnivision.tasks.metrics import PREDICTION_METRICS, expected_precisions, prediction_metrics
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, Xray, find_differing_settings, paper_table, probe_tables
-from omnivision.tools.runs import TEXTS, describe_run, end_reason
+from omnivision.tools.runs import TEXTS, describe_run, end_reason, filled_columns
 
 MISTAKES = 8  # clips shown for each kind of mistake
 MAX_CLASSES = 500  # browsers cannot draw larger confusion matrices
@@ -30,8 +32,9 @@ CURVES = (
     ("Loss, validation", "loss", ("epoch", "val", "loss")),
     ("Top-1, validation", "top-1, %", ("epoch", "val", "top1")),
     *(
-        (f"{name.replace('_', ' ').capitalize()}, validation", "%", ("epoch", "val", name))
-        for name in VALIDATION_METRICS
+        (f"{words[0].upper()}{words[1:].removesuffix(', %')}, validation", words, ("epoch", "val", name))
+        for metrics in PREDICTION_METRICS.values()
+        for name, words in metrics.items()
     ),
     ("Learning rate", "learning rate", ("step", "train", "lr")),
     ("Gradient norm", "norm", ("step", "train", "grad_norm")),
@@ -56,7 +59,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True, intro: str = "")
         created=time.strftime("%Y-%m-%d %H:%M"),
         script=Markup(get_plotlyjs()),
         names=[run.name for run in runs],
-        overview=[_overview(run) for run in runs],
+        overview=_overview(runs),
         texts=TEXTS,
         reasons=[(run.name, reason) for run in runs if (reason := end_reason(run.summary))],
         paper=paper_table(runs),
@@ -81,14 +84,21 @@ def standalone(title: str, body: Markup) -> str:
     return environment.get_template("figure.html.j2").render(title=title, body=body, script=Markup(get_plotlyjs()))
 
 
-def _overview(run: Run) -> dict[str, str]:
-    """Return a run's cells in the first table, by heading: as in `omnivision runs`, with epochs."""
-    cells = describe_run(run.summary | {"name": run.name})
-    del cells["age"]
-    for heading, epoch in (("top-1 %", run.last.get("val_epoch")), ("best %", run.summary.get("best_epoch"))):
-        if cells[heading] and epoch is not None:
-            cells[heading] += f"\nepoch {epoch}"
-    return cells
+def _overview(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return the runs' cells in the first table, by heading: as in `omnivision runs`, with epochs."""
+    rows = [describe_run(run.summary | {"name": run.name}) for run in runs]
+    for run, cells in zip(runs, rows, strict=True):
+        last = run.last.get("val_epoch")
+        for heading, epoch in (
+            ("top-1 %", last),
+            ("mAP %", last),
+            ("MAE", last),
+            ("best %", run.summary.get("best_epoch")),
+        ):
+            if cells[heading] and epoch is not None:
+                cells[heading] += f"\nepoch {epoch}"
+    columns = [column for column in filled_columns(rows) if column != "age"]
+    return [{column: cells[column] for column in columns} for cells in rows]
 
 
 def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
@@ -131,23 +141,46 @@ def _xray(run: Run, source: str, found: Xray) -> dict[str, Any]:
 def _quality(run: Run) -> float:
     if run.result is None:
         return -math.inf
-    return run.result[1] if "val_top1" in run.last else -run.result[1]
+    return run.result[1] if run.result[0].endswith("%") else -run.result[1]
 
 
 def _evaluation(run: Run, source: str, clips: bool) -> dict[str, Any]:
     predictions = run.predictions[source]
-    counts, names = predictions.confusion(), predictions.class_names
-    right, videos = int(counts.trace()), int(counts.sum())
     entry = {key: run.settings.get(f"datasets.{source}.{key}") for key in ("fps", "prefix", "frame_pattern")}
     last, best = run.last.get("val_epoch"), run.summary.get("best_epoch")
     held = ", which best.pt also holds" if best == last else f"; best.pt is of epoch {best}"
+    accuracy, drawn = _summarize(predictions)
     return {
         "title": f"{run.name}: {source}",
-        "accuracy": f"{right} of {videos} videos are right: {100 * right / max(1, videos):.1f} %. Guessing would give "
-        f"{100 / len(names):.1f} %.",
+        "accuracy": accuracy,
         # The last evaluation writes the predictions; best.pt may be from an earlier one.
         "epoch": f"By the last evaluation{f', after epoch {last}' if last else ''}{held if best else ''}.",
-        "class_accuracy": figures.class_accuracy(predictions) if videos else "",
-        "confusion": figures.confusion(predictions) if len(names) <= MAX_CLASSES else "Too many classes to draw.",
+        "figures": drawn,
         "mistakes": figures.mistakes(predictions, MISTAKES, entry) if clips else {},
     }
+
+
+def _summarize(predictions: Predictions) -> tuple[str, list[tuple[str, Markup | str]]]:
+    """Return how good predictions are in a sentence, and figures with their headings."""
+    names, videos = predictions.class_names, len(predictions.index)
+    metrics = prediction_metrics(predictions.label_type, predictions.label, predictions.scores)
+    if predictions.label_type == "multi_label":
+        expected = expected_precisions(predictions.label)
+        guess = 100 * expected[np.isfinite(expected)].mean() if np.isfinite(expected).any() else math.nan
+        text = f"mAP over {videos} videos: {metrics['map']:.1f} %. Guessing would give {guess:.1f} %."
+        return text, [("By class", figures.class_precision(predictions))]
+    if predictions.label_type == "regression":
+        text = (
+            f"Over {videos} videos, the mean absolute error is {metrics['mae']:.4g}, the correlation {metrics['pearson']:.3f}"
+            f"{' (means over the targets)' if len(names) > 1 else ''}."
+        )
+        return text, [
+            ("Labels and predictions", figures.values(predictions)),
+            ("By target", figures.errors(predictions)),
+        ]
+    counts = predictions.confusion()
+    right, known = int(counts.trace()), int(counts.sum())
+    text = f"{right} of {known} videos are right: {100 * right / max(1, known):.1f} %. Guessing would give "
+    confusion = figures.confusion(predictions) if len(names) <= MAX_CLASSES else "Too many classes to draw."
+    by_class = figures.class_accuracy(predictions) if known else ""
+    return f"{text}{100 / len(names):.1f} %.", [("By class", by_class), ("Confusion matrix", confusion)]
