@@ -59,7 +59,7 @@ class Typed(Folder):
                 for n in range(12)
             ]
             (data / f"synthetic/{split}.csv").write_text(
-                "\n".join(["path,action,place_type,turns,heading", *rows]) + "\n"
+                "\n".join(["path,action,place_type,turns,position", *rows]) + "\n"
             )
         (data / "synthetic/val").mkdir()
         (data / "synthetic/val/00.mp4").symlink_to(videos[0])
@@ -112,7 +112,7 @@ class Typed(Folder):
             ("add_a_model.md", "tiny", r"VideoClassifier: 1\d\d\.\d+ M parameters"),
             ("add_a_mask.md", "checkerboard", r"hides 48 of 64 tokens"),
             ("add_a_task.md", "bright", "Finished"),
-            ("labels.md", "numbers", r"(?s)mAP .*heading +-?0\.\d"),
+            ("labels.md", "numbers", r"(?s)mAP .*turns +-?0\.\d"),
         ):
             with self.subTest(page):
                 self.assertRegex(self.follow(page), output)

@@ -165,6 +165,7 @@ def _draw_precision(figure: Figure, predictions: Predictions) -> None:
     axes = figure.subplots()
     axes.barh(range(len(order)), 100 * found[order], color="#4477aa")
     axes.set(xlabel="average precision, %", xlim=(0, 100))
+    axes.invert_yaxis()
     counts = (predictions.label[:, order] > 0).sum(0)
     axes.set_yticks(
         range(len(order)),

@@ -70,6 +70,10 @@ def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
     model = _load(source, options)
     if is_hf and model.architecture["kind"] == "attentive":
         raise UserError(f"{source.path} is an attentive probe, which transformers does not have. Set --to safetensors.")
+    if is_hf and source.inference.label_type == "regression":
+        raise UserError(
+            f"{source.path} predicts standardized numbers, which transformers cannot turn into units. Set --to safetensors."
+        )
     config = source.inference.numbered(model.architecture.get("classes", []))
     is_validated = not source.ema or options.weights != "model"  # the run's metrics belong to these weights
     if is_hf:
@@ -122,6 +126,8 @@ def _export_hf(
     if options.class_names:
         names = read_class_names(options.class_names, "--class-names")
     exported = to_hf(model.state, model.architecture, options.head, names)
+    if source.inference.label_type == "multi_label":
+        exported.config["problem_type"] = "multi_label_classification"
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
     [their_class] = exported.config["architectures"]
     card = model_card(source, model, out.name, is_validated, [names], their_class)

@@ -4,6 +4,7 @@ import csv
 import json
 import unittest
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -239,6 +240,11 @@ class Run(fixtures.Folder):
         (self.folder / "site" / "trainer" / "mae_ft_mine_config.yaml").write_text(recipe)
         return ["--config-dir", str(self.folder / "site"), "pretrained_checkpoint_path=null", "epochs=2"]
 
+    @property
+    def last(self) -> Path:
+        """The weights of the last evaluation; best.pt may be of an earlier one."""
+        return self.folder / "one" / "checkpoints" / "checkpoint.pt"
+
     def run_stage(self, name: str, *more: str, stage: str = "ft") -> stages.Result:
         result = stages.run_in_process(stages.command(stage, self.folder / name, *more, dataset="mine"))
         self.assertEqual(result.returncode, 0, result.stderr[-2000:] + result.stdout[-500:])
@@ -250,7 +256,7 @@ class Run(fixtures.Folder):
         last = runs.read_summary(self.folder / "one")["last"]
         self.assertIn(metric, out.stdout)
         both = [
-            f"pretrained_checkpoint_path={self.folder}/one/checkpoints/checkpoint.pt",
+            f"pretrained_checkpoint_path={self.last}",
             "trainer/checkpoint=load_all",
             "trainer.mode=val",
         ]
@@ -305,7 +311,7 @@ class MultiLabelRun(Run):
         self.assertEqual((labels.dtype, labels[0].tolist(), labels[4].tolist()), (np.int8, [0, 1, 0, 1], [0, 0, 0, 0]))
         common += ["mixing_prob=1"]
         self.check_run(common, "map")
-        prediction = omnivision.load(self.folder / "one").predict(self.folder / "videos" / "0.mp4", top=4)
+        prediction = omnivision.load(self.last).predict(self.folder / "videos" / "0.mp4", top=4)
         self.assertEqual({own.name for own in prediction}, {"blue", "fast", "green", "red"})
         with open(self.folder / "one" / "predictions" / "mine.csv", newline="") as opened:
             row = next(csv.DictReader(opened))
@@ -352,7 +358,7 @@ class RegressRun(Run):
         entry = (self.folder / "site" / "experiments" / "mine.yaml").read_text()
         self.assertIn("label_mean: [0.55, 140.09]", entry)
         self.check_run(common, "mae")
-        found = omnivision.load(self.folder / "one").predict(self.folder / "videos" / "0.mp4")
+        found = omnivision.load(self.last).predict(self.folder / "videos" / "0.mp4")
         with open(self.folder / "one" / "predictions" / "mine.csv", newline="") as opened:
             rows = list(csv.DictReader(opened))
         self.assertEqual([own.name for own in found], ["share", "metres"])
@@ -363,6 +369,11 @@ class RegressRun(Run):
         _, said, _ = runs.call_command("predict", self.folder / "one", self.folder / "videos" / "0.mp4", "--json")
         (values,) = json.loads(said).values()
         self.assertEqual(values[1]["name"], "metres")
+        with self.assertRaisesRegex(UserError, "standardized numbers"):
+            runs.call_command("export", self.last, self.folder / "hf", "--to", "hf")
+        runs.call_command("export", self.last, self.folder / "one.safetensors", "--to", "safetensors")
+        again = omnivision.load(self.folder / "one.safetensors").predict(self.folder / "videos" / "0.mp4")
+        self.assertEqual(again, found)
         self.damage()
 
     def test_a_resumed_run_equals_an_uninterrupted_one(self) -> None:

@@ -28,7 +28,7 @@ from omnivision_demo.spec import ACTIONS, DOMAINS, SPLITS, VideoSpec, video_spec
 _STAMP = "demo-data.json"
 _VERSION = 3  # raise it when the same settings give other videos
 _COLUMNS = ("path", "label", "action", "body", "place", "camera", "fps", "frames", "gop", "seed", "place_type")
-_NUMBERS = ("turns", "heading")  # with four digits
+_NUMBERS = ("turns", "position")  # with four digits
 
 
 class Written(NamedTuple):

@@ -7,6 +7,7 @@ distribution of poses. Splits and domains draw bodies, places and cameras from d
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +75,9 @@ class VideoSpec:
         return float(_draw_motion(self.stream("motion"))[3][self.label])
 
     @property
-    def heading(self) -> float:
-        """Where the person faces, in radians to the right of the camera."""
-        return draw_heading(self.stream("stance"))
+    def position(self) -> float:
+        """Where the person stands, to the right of the middle; a grown person is about 1 high."""
+        return draw_stance(self.stream("stance")).x
 
     def channels(self) -> NDArray[np.float64]:
         """Return the motion: channel values, float64 (T, len(ACTIONS))."""
@@ -128,6 +129,17 @@ def _draw_motion(draw: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
     return phases, amplitude, idle_turns, turns
 
 
-def draw_heading(draw: np.random.Generator) -> float:
-    """Draw where a person faces, radians; 0 faces the camera."""
-    return between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)
+class Stance(NamedTuple):
+    """What no action moves: where a person faces (radians; 0 faces the camera), the turn of the upper arms about themselves
+    (radians), and where the person stands (to the right; a grown person is about 1 high).
+    """
+
+    heading: float
+    twist: float
+    x: float
+
+
+def draw_stance(draw: np.random.Generator) -> Stance:
+    """Draw a stance, half turned: from the front, forward motion could not be seen."""
+    heading = between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)
+    return Stance(heading, between(draw, 0.0, 1.0), between(draw, -0.16, 0.16))
