@@ -27,8 +27,7 @@ from omnivision_demo.spec import ACTIONS, DOMAINS, SPLITS, VideoSpec, video_spec
 
 _STAMP = "demo-data.json"
 _VERSION = 3  # raise it when the same settings give other videos
-_COLUMNS = ("path", "label", "action", "body", "place", "camera", "fps", "frames", "gop", "seed", "place_type")
-_NUMBERS = ("turns", "position")  # with four digits
+_COLUMNS = ("path", "label", "action", "body", "place", "camera", "fps", "frames", "gop", "seed", "place_type", "turns")
 
 
 class Written(NamedTuple):
@@ -139,9 +138,6 @@ def _write_lists(folder: Path, split: str, specs: list[VideoSpec]) -> None:
             np.save(file, array, allow_pickle=False)
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow([*_COLUMNS, *_NUMBERS])
-    rows.writerows(
-        [*(getattr(spec, column) for column in _COLUMNS), *(f"{getattr(spec, name):.4f}" for name in _NUMBERS)]
-        for spec in specs
-    )
+    rows.writerow(_COLUMNS)
+    rows.writerows([getattr(spec, column) for column in _COLUMNS] for spec in specs)
     write_atomically(folder / f"{split}.csv", table.getvalue())

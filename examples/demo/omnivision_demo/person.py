@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from omnivision_demo.camera import Pen
 from omnivision_demo.draws import Colour, between, hsv, pick, scaled, stream, varied
-from omnivision_demo.spec import ACTIONS, VideoSpec, draw_stance
+from omnivision_demo.spec import ACTIONS, VideoSpec
 
 Array = NDArray[np.float64]
 
@@ -71,7 +71,11 @@ class Body:
 
 def joints(body: Body, spec: VideoSpec) -> Array:
     """Return joint positions in world units, float64 (T, len(JOINTS), 3): x to the right, y up, z to the camera."""
-    yaw, twist, x = draw_stance(spec.stream("stance"))
+    # The stance, which no action moves. Half turned: from the front, forward motion could not be seen.
+    draw = spec.stream("stance")
+    yaw = between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)  # heading, radians; 0 faces the camera
+    twist = between(draw, 0.0, 1.0)  # of the upper arms about themselves, radians
+    x = between(draw, -0.16, 0.16)
     angle = _angles(spec.channels())
     place: dict[str, Array] = {"pelvis": np.zeros((spec.frames, 3))}
 

@@ -7,7 +7,6 @@ distribution of poses. Splits and domains draw bodies, places and cameras from d
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,12 +71,7 @@ class VideoSpec:
     @property
     def turns(self) -> float:
         """Turns per second of the channel that moves, on average."""
-        return float(_draw_motion(self.stream("motion"))[3][self.label])
-
-    @property
-    def position(self) -> float:
-        """Where the person stands, to the right of the middle; a grown person is about 1 high."""
-        return draw_stance(self.stream("stance")).x
+        return round(float(_draw_motion(self.stream("motion"))[3][self.label]), 4)
 
     def channels(self) -> NDArray[np.float64]:
         """Return the motion: channel values, float64 (T, len(ACTIONS))."""
@@ -127,19 +121,3 @@ def _draw_motion(draw: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
     amplitude = draw.uniform(0.8, 1.0, channels)
     turns, idle_turns = draw.uniform(*_TURNS, channels), draw.uniform(0.2, 0.5, channels)
     return phases, amplitude, idle_turns, turns
-
-
-class Stance(NamedTuple):
-    """What no action moves: where a person faces (radians; 0 faces the camera), the turn of the upper arms about themselves
-    (radians), and where the person stands (to the right; a grown person is about 1 high).
-    """
-
-    heading: float
-    twist: float
-    x: float
-
-
-def draw_stance(draw: np.random.Generator) -> Stance:
-    """Draw a stance, half turned: from the front, forward motion could not be seen."""
-    heading = between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)
-    return Stance(heading, between(draw, 0.0, 1.0), between(draw, -0.16, 0.16))
