@@ -27,8 +27,8 @@ MaskName = Annotated[str, AfterValidator(_known_mask)]
 
 
 class InferenceConfig(BaseModel):
-    """What outputs are and their names by head and label, the seconds a clip spans, what is averaged over views, the mask, and
-    how targets of a reconstruction were normalized.
+    """Label type, names of the outputs by head, the seconds a clip spans, what is averaged over views, the mask, and how
+    reconstructed patches were normalized.
 
     The defaults are the recipe's. Numbers instead of names ("0", "1", ...) mean that a head has no names. label_mean and
     label_std: for regression, of the targets by head, whose standardized values the model gives.
@@ -74,15 +74,18 @@ class InferenceConfig(BaseModel):
             heads.append(names if len(names) == count else [str(label) for label in range(count)])
         return self.model_copy(update={"class_names": heads})
 
-    def outputs(self, logits: np.ndarray, head: int) -> np.ndarray:
+    def convert_scores(self, logits: np.ndarray, head: int) -> np.ndarray:
         """Return probabilities of the classes, or values of the targets in their units, float32 (..., outputs of a head)."""
         if self.label_type != "regression":
             return to_probabilities(logits, self.label_type)
-        scales = [
-            (self.label_mean[k], self.label_std[k]) for k in range(min(len(self.label_mean), len(self.label_std)))
-        ]
+        scales = list(zip(self.label_mean, self.label_std, strict=False))
         mean, std = scales[head] if head < len(scales) else ([0.0], [1.0])
         return logits * np.asarray(std, dtype=np.float32) + np.asarray(mean, dtype=np.float32)
+
+    def scales(self) -> dict[str, tuple[float, float]]:
+        """Return mean and deviation of each target of a regression by its name; empty for other models."""
+        heads = zip(self.class_names, self.label_mean, self.label_std, strict=False)
+        return {name: (mean, std) for head in heads for name, mean, std in zip(*head, strict=False)}
 
     def names(self, head: int) -> list[str] | None:
         """Return the class names of a head, all different; None where there are none."""
@@ -96,8 +99,11 @@ def distinct_names(names: Sequence[str]) -> list[str] | None:
 
 
 def describe_class_changes(saved: InferenceConfig, current: InferenceConfig) -> list[str]:
-    """Return the class names that changed: a resumed head would predict wrong classes."""
-    return [
+    """Return what changed about outputs: a resumed head would predict wrong classes, or values in another scale."""
+    scales = saved.scales(), current.scales()
+    changed = [f"label_type: {saved.label_type} -> {current.label_type}"] * (saved.label_type != current.label_type)
+    changed += [f"mean and deviation: {scales[0]} -> {scales[1]}"] * (scales[0] != scales[1])
+    return changed + [
         f"class {label} of head {head}: {old} -> {new}"
         for head in range(len(saved.class_names))
         for label, (old, new) in enumerate(zip(saved.names(head) or [], current.names(head) or [], strict=False))

@@ -37,8 +37,10 @@ STAGES = {
         "Classify", "AveragedClassifier", "omnimae/omnimain_train_video_ensemble_ft", FT_RECIPE, "vitbase_average_ft"
     ),
 }
-# What each task with labels learns from; stages name them all `Classify`.
-LABEL_TASKS: dict[str, LabelType] = {"Classify": "class", "MultiLabel": "multi_label", "Regress": "regression"}
+# The task of each label type, and its trainer/task. `Stage.task` is `Classify` for all of them.
+LABEL_TASKS: dict[LabelType, tuple[str, str]] = {
+    "class": ("Classify", "classify"), "multi_label": ("MultiLabel", "multi_label"), "regression": ("Regress", "regress"),
+}  # fmt: skip
 # Top-level settings read by code; others are only interpolated (${...}).
 READ_BY_CODE = ("trainer", "stage", "lr", "video_labels", "pretrained_checkpoint_path")
 
@@ -111,16 +113,16 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
         yield "trainer.data.mask must be set for Reconstruct. Set trainer/data=unlabelled_video."
     own_task = trainer.task["_target_"].rpartition(".")[2]
     for name, source in data.sources.items():
-        if LABEL_TASKS.get(own_task, source.label_type) != source.label_type:
-            fitting = {"class": "classify", "multi_label": "multi_label", "regression": "regress"}[source.label_type]
+        fitting, choice = LABEL_TASKS[source.label_type]
+        if task == "Classify" and own_task != fitting:
             yield (
-                f"trainer.task ({own_task}) must fit datasets.{name}.label_type, got {source.label_type}. Set "
-                f"trainer/task={fitting}, or the label_type of the labels."
+                f"trainer.task must be {fitting} for datasets.{name}.label_type={source.label_type}, got {own_task}. Set "
+                f"trainer/task={choice}, or correct datasets.{name}.label_type."
             )
         elif data.balance and source.label_type != "class":
             yield f"trainer.data.balance must be 0 for {name}, which has no single class per sample. Set it to 0."
     if task == "Classify" and any(masks):
-        yield "trainer.data.mask must be null for Classify. Set trainer/data=labelled_video."
+        yield f"trainer.data.mask must be null for {own_task}. Set trainer/data=labelled_video."
     if images is None and kinds - {"video"}:
         yield "trainer.data.image must be set for images. Set trainer/data=labelled_image."
     if "rgbd" in kinds and not trunk.get("rgbd"):
@@ -141,7 +143,7 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     grid = [len(trainer.model.get(name) or [1]) for name in ("lr_factors", "weight_decay_factors")]
     if math.prod(grid) > 1 and not data.hold_out and trainer.mode != "val":
         yield "trainer.data.hold_out must be above 0 to choose one of several probes, got 0. Set trainer.data.hold_out=0.1."
-    if math.prod(grid) > 1 and own_task in ("MultiLabel", "Regress"):
+    if math.prod(grid) > 1 and task == "Classify" and own_task != "Classify":
         yield (
             f"trainer.model must be a single probe for {own_task}, got {math.prod(grid)}. Set trainer.model.lr_factors=[1] "
             "trainer.model.weight_decay_factors=[1], and the learning rate with lr."
@@ -168,7 +170,7 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
 def _known_class(target: Mapping[str, Any]) -> str | None:
     """Return the name of a class that stages use; None for a user's own class. A task with labels counts as Classify."""
     name = target["_target_"].rpartition(".")[2]
-    name = "Classify" if name in LABEL_TASKS else name
+    name = "Classify" if name in [own for own, _ in LABEL_TASKS.values()] else name
     return name if any(name in (stage.task, stage.model) for stage in STAGES.values()) else None
 
 

@@ -97,7 +97,7 @@ class SplitSettings(SettingsGroup):
 
 
 class DatasetSettings(SettingsGroup):
-    """An entry of the catalog. For `regression`, classes are targets."""
+    """An entry of the catalog. For `regression`, num_classes and class_names describe the targets."""
 
     kind: Literal["video", "image", "rgbd"] = "video"
     label_type: LabelType = "class"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omnivision.config.schema import DatasetSettings, LabelType, SplitSettings, StrOrList
-from omnivision.data.groups import group_paths, hold_out, strata
+from omnivision.data.groups import group_paths, hold_out
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError, truncate_list
 
@@ -35,6 +35,9 @@ ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
 }
 
 
+Scale = tuple[list[float], list[float]]  # mean and standard deviation of each target
+
+
 class Dataset(DatasetSettings):
     """An entry of the catalog (`config/experiments/dataset_catalog.yaml`) and its name."""
 
@@ -55,6 +58,20 @@ class Dataset(DatasetSettings):
                 f"expected a line for each class. Change {setting} or num_classes."
             )
         return names
+
+    def scale(self) -> Scale:
+        """Return mean and standard deviation of each target of a regression; without them in the catalog, 0 and 1.
+
+        Raises UserError if there is not one for each target.
+        """
+        count = self.num_classes or 0
+        scale = self.label_mean or [0.0] * count, self.label_std or [1.0] * count
+        if {len(values) for values in scale} != {count}:
+            raise UserError(
+                f"datasets.{self.name}.label_mean and label_std must be a number for each of {count} targets, got "
+                f"{self.label_mean} and {self.label_std}. Set both; omnivision prepare writes them."
+            )
+        return scale
 
 
 def read_class_names(file: str, setting: str) -> list[str]:
@@ -85,13 +102,12 @@ def read_class_names(file: str, setting: str) -> list[str]:
 class LabelSets:
     """The head of each source, and the number of classes of each head. Sources with the same label set share a head.
 
-    mean, std: for regression, of each target, by head (0 and 1 if the catalog does not say).
+    scales: for regression, by head (see `Dataset.scale`).
     """
 
     classes: list[int]
     head: dict[str, int]  # source -> head
-    mean: list[list[float]] = field(default_factory=list)
-    std: list[list[float]] = field(default_factory=list)
+    scales: list[Scale] = field(default_factory=list)
 
 
 def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSets:
@@ -101,30 +117,28 @@ def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSe
     deviations of targets that do.
     """
     classes: dict[str, int] = {}  # label set -> number of classes
-    scales: dict[str, tuple[list[float], list[float]]] = {}  # label set -> mean and standard deviation of each target
+    scales: dict[str, Scale] = {}  # by label set
     head: dict[str, int] = {}
     for dataset in datasets:
         setting, count = f"datasets.{dataset.name}.num_classes", dataset.num_classes
         if count is None:
             raise UserError(f"The number of classes of {dataset.name} is unknown. Set ++{setting}=N.")
         name = "all" if share_head else dataset.label_set or dataset.name
-        if share_head:
+        if share_head and dataset.label_type == "class":
             count = max(classes.get(name, 0), count)
         elif classes.get(name, count) != count:
             raise UserError(
-                f"{dataset.name} has {count} classes, other sources of its label set {name} have {classes[name]}; expected "
+                f"{dataset.name} has {count} classes, other sources of its head ({name}) have {classes[name]}; expected "
                 f"one number. Change {setting} or datasets.{dataset.name}.label_set."
             )
         classes[name] = count
         head[dataset.name] = list(classes).index(name)
-        if dataset.label_type == "regression":
-            scale = dataset.label_mean or [0.0] * count, dataset.label_std or [1.0] * count
-            if {len(values) for values in scale} != {count} or scales.setdefault(name, scale) != scale:
-                raise UserError(
-                    f"datasets.{dataset.name}.label_mean and label_std must be a number for each of {count} targets, and equal "
-                    f"in all sources of a head; got {scale[0]} and {scale[1]}. omnivision prepare writes them for a dataset."
-                )
-    return LabelSets(list(classes.values()), head, *map(list, zip(*scales.values(), strict=True)))
+        if dataset.label_type == "regression" and scales.setdefault(name, dataset.scale()) != dataset.scale():
+            raise UserError(
+                f"{dataset.name} must have the label_mean and label_std of the other sources of its head ({name}): "
+                f"{scales[name]}, got {dataset.scale()}. Set both alike, or another datasets.{dataset.name}.label_set."
+            )
+    return LabelSets(list(classes.values()), head, list(scales.values()))
 
 
 class Split:
@@ -169,7 +183,7 @@ class Split:
         """
         everything = np.arange(len(self))
         groups = group_paths(self.name, [self.path(index) for index in everything.tolist()], grouping)
-        held = hold_out(groups, strata(self.labels()), share, seed=0, setting="trainer.data.hold_out_pattern")
+        held = hold_out(groups, self.labels(), share, seed=0, setting="trainer.data.hold_out_pattern")
         self.held_out = copy.copy(self)
         self.held_out.which = "held_out"
         self.held_out.chosen, self.chosen = everything[held], everything[~held]
@@ -226,11 +240,10 @@ class Split:
         """Return whether any sample has a label."""
         if "labels" not in self._arrays:
             return False
-        labels = self.labels()
-        return bool(np.isfinite(labels).any() if self.label_type == "regression" else (labels > IGNORED_LABEL).any())
+        return bool(known_labels(self.labels()).any())
 
     def label(self, index: int) -> int | np.ndarray:
-        """Return the label of a sample, -1 if there is none; except for classes, float32 (K,), NaN where it is unknown."""
+        """Return the class of a sample, or a row of labels, float32 (K,), NaN where unknown; -1 for none."""
         if "labels" not in self._arrays:
             return IGNORED_LABEL
         label = self._arrays["labels"][self._at(index)]
@@ -290,7 +303,7 @@ def load_array(file: str, setting: str) -> np.ndarray:
             reason = "it is truncated"
         raise UserError(
             f"{file} cannot be read as a .npy array: {reason}. Write it again with numpy.save, with a dtype of str (paths), "
-            f"int (labels) or float (segments), or point {setting} to another file."
+            f"int or float (labels) or float (segments), or point {setting} to another file."
         ) from None
 
 
@@ -330,8 +343,20 @@ def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
         )
 
 
+def infer_label_type(labels: np.ndarray) -> LabelType:
+    """Return what an array of labels is, by its shape and dtype."""
+    if labels.ndim < 2:
+        return "class"
+    return "regression" if labels.dtype.kind == "f" else "multi_label"
+
+
+def known_labels(labels: np.ndarray) -> np.ndarray:
+    """Return which labels are known, bool: not -1, or not NaN."""
+    return np.isfinite(labels) if labels.dtype.kind == "f" else labels > IGNORED_LABEL
+
+
 def check_values(labels: np.ndarray, file: str, label_type: LabelType, setting: str) -> None:
-    """Raise UserError unless labels of several classes are 1, 0 or -1, and numbers finite or NaN."""
+    """Raise UserError unless multi-labels are 1, 0 or -1, and targets finite or NaN."""
     wrong = np.isinf(labels) if label_type == "regression" else ~np.isin(labels, (-1, 0, 1))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

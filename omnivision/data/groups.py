@@ -84,7 +84,7 @@ def pattern_grouping(pattern: str, setting: str = "--group-pattern") -> Callable
     return grouping
 
 
-def strata(labels: np.ndarray) -> np.ndarray:
+def stratify(labels: np.ndarray) -> np.ndarray:
     """Return the class by which each sample is spread over the sides of a split, int64 (N,).
 
     `labels`: classes (N,), or rows (N, K) of 0, 1 and -1, whose rarest class counts, or of numbers, which are all alike.
@@ -103,8 +103,8 @@ def hold_out(
 ) -> np.ndarray:
     """Return the held-out videos, bool (N,), as near to `share` as whole groups allow, the same for the same seed.
 
-    Within that, classes are represented evenly, and a class with a single group stays in training if possible.
-    Raises UserError if there is only one group; it names the `setting` of the groups.
+    labels: as in the arrays of a split. Classes are represented evenly within the share, and a class with a single group stays
+    in training if possible. Raises UserError if there is only one group; it names the `setting` of the groups.
     """
     names, group, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
     if len(names) < 2:
@@ -112,7 +112,7 @@ def hold_out(
             f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
             f"set {setting}."
         )
-    order = _order(group, labels, len(names), seed)
+    order = _order(group, stratify(labels), len(names), seed)
     target = min(max(round(share * len(groups)), 1), len(groups) - 1)
     return np.isin(group, order[_nearest_sum(sizes[order], target)])
 

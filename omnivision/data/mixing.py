@@ -32,7 +32,8 @@ class MixupCutmix:
         mixup_alpha, cutmix_alpha: the weight of a sample is drawn from Beta(alpha, alpha); 0 disables that kind.
         prob: chance that a batch is mixed at all.
         switch_prob: chance of CutMix if both kinds are enabled.
-        label_smoothing: fraction of a target that is spread evenly over all classes, whether the batch is mixed or not.
+        label_smoothing: fraction of a target that is spread evenly over all classes, whether the batch is mixed or not (for
+            multi-label targets: by which they move towards 0.5).
 
     Raises UserError if both kinds are disabled.
     """
@@ -132,7 +133,7 @@ def mixed_targets(
 
 
 def mixed_values(values: Tensor, lam: float, partner_values: Tensor | None = None) -> Tensor:
-    """Mix targets that are numbers, float32 (B, K), as `mix` mixes pixels. A number is unknown (NaN) if one of the two is."""
+    """Mix targets that are numbers, float32 (B, K), as `mix` mixes pixels. A mixed value is NaN if either value is."""
     if lam == 1:
         return values
     if partner_values is None:

@@ -197,6 +197,7 @@ def model_card(
         name=out,
         summary=model.summary(),
         parameters=sum(tensor.numel() for name, tensor in model.state.items() if "pos_embed" not in name),
+        is_regression=source.inference.label_type == "regression",
         is_mae=model.architecture["kind"] == "autoencoder",
         transformers_class=transformers_class,
     )

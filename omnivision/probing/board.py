@@ -89,7 +89,7 @@ def samples_of(split: FeatureSplit, device: torch.device, grouping: Callable[[st
     values = np.asarray(split.labels)
     if values.ndim > 1:
         raise UserError(
-            f"{where} has several labels or numbers per video; a probe needs one class each. Give other data."
+            f"{where} has a row of labels for each video; a probe needs one class per video. Give other data."
         )
     known = values >= 0
     if split.config.stride is not None:

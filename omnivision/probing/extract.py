@@ -287,8 +287,10 @@ def claim(folder: Path, model: dict[str, str], config: FeatureConfig, split: Spl
 def describe_dataset(split: Split) -> dict[str, str]:
     """Return what else decides which frames are read, and what labels mean."""
     entry = split.dataset
-    names = ("kind", "label_type", "prefix", "remove_prefix", "suffix", "remove_suffix", "fps", "frame_pattern")
-    facts = {name: str(getattr(entry, name)) for name in names if getattr(entry, name) not in ("", None, "class")}
+    names = ("kind", "prefix", "remove_prefix", "suffix", "remove_suffix", "fps", "frame_pattern")
+    facts = {name: str(getattr(entry, name)) for name in names if getattr(entry, name) not in ("", None)}
+    if entry.label_type != "class":  # features of earlier versions lack it
+        facts["label_type"] = entry.label_type
     classes = entry.names() if entry.class_names else []
     digest = hashlib.sha256("\n".join(classes).encode()).hexdigest()
     return facts | ({"class_names": digest} if classes else {})

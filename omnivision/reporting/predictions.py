@@ -1,4 +1,4 @@
-"""Predictions per video, written as `<name>.npz` and `<name>.csv`, and their pictures."""
+"""Predictions per video, written as `<name>.npz` and `<name>.csv`, and drawn."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_predictions(folder: Path, name: str, predictions: Predictions) -> None
     with replace_atomically(folder / f"{name}.npz") as file:
         np.savez_compressed(file, **arrays)
     times = [] if predictions.segments is None else ["start", "end"]
-    header, cells = table_cells(predictions)
+    header, cells = make_table(predictions)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", *times, *header])
@@ -70,7 +70,7 @@ def write_predictions(folder: Path, name: str, predictions: Predictions) -> None
 Cells = tuple[list[str], list[list[Any]]]  # header, rows
 
 
-def table_cells(predictions: Predictions) -> Cells:
+def make_table(predictions: Predictions) -> Cells:
     """Return the columns of the table of predictions, besides path and segment."""
     return _value_cells(predictions) if predictions.label_type == "regression" else _class_cells(predictions)
 
@@ -133,16 +133,16 @@ def read_predictions(file: Path) -> Predictions:
     return Predictions(arrays["index"], label, scores, paths, arrays.get("segment"), names, label_type)
 
 
-# What is drawn, by label type, and the beginning of the picture's name.
-PICTURES: dict[LabelType, str] = {"class": "confusion", "multi_label": "precision", "regression": "scatter"}
+# What is drawn, by label type, and the beginning of the file's name.
+IMAGE_PREFIXES: dict[LabelType, str] = {"class": "confusion", "multi_label": "precision", "regression": "scatter"}
 
 
-def picture_name(label_type: LabelType, source: str) -> str:
-    """Return the file name of a source's picture."""
-    return f"{PICTURES[label_type]}_{source}.png"
+def image_name(label_type: LabelType, source: str) -> str:
+    """Return the name of the file in pictures/ for a source."""
+    return f"{IMAGE_PREFIXES[label_type]}_{source}.png"
 
 
-def draw(predictions: Predictions, title: str) -> Image.Image:
+def draw_predictions(predictions: Predictions, title: str) -> Image.Image:
     """Draw the confusion matrix; for several classes, the average precision of each; for numbers, labels and predictions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

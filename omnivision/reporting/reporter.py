@@ -15,7 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from omnivision.reporting import images
 from omnivision.reporting.loggers import Logger, start_loggers
 from omnivision.reporting.logs import MetricsLog
-from omnivision.reporting.predictions import PICTURES, Predictions, draw, picture_name, write_predictions
+from omnivision.reporting.predictions import (
+    IMAGE_PREFIXES,
+    Predictions,
+    draw_predictions,
+    image_name,
+    write_predictions,
+)
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
 from omnivision.utils.streams import print_text
@@ -98,9 +104,9 @@ class Reporter:
         if self._may_write():
             write_predictions(self.run_dir.predictions, source, predictions)
             self.run_dir.pictures.mkdir(exist_ok=True)
-            file = self.run_dir.pictures / picture_name(predictions.label_type, source)
-            draw(predictions, f"{source}, step {step}").save(file)
-            self._log(lambda logger: logger.log_image(f"{PICTURES[predictions.label_type]}/{source}", file, step))
+            file = self.run_dir.pictures / image_name(predictions.label_type, source)
+            draw_predictions(predictions, f"{source}, step {step}").save(file)
+            self._log(lambda logger: logger.log_image(f"{IMAGE_PREFIXES[predictions.label_type]}/{source}", file, step))
 
     def _may_write(self) -> bool:
         """Return whether this is rank 0 and still holds the lock of the run directory."""

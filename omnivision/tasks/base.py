@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-from omnivision.config.schema import LabelType
 from omnivision.data.batch import Batch
+from omnivision.models.average import AveragedClassifier
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Visualization:
 
 
 class Task(Protocol):
-    """What a step computes. A subclass needs only the two step methods. `label_type`: what it learns from, if from labels."""
-
-    label_type: ClassVar[LabelType] = "class"
+    """What a step computes. A subclass needs only the two step methods."""
 
     def compile(self) -> None:
         """Compile what a step computes besides the model, if worthwhile."""
@@ -58,8 +56,11 @@ class Task(Protocol):
         return dict(metrics)
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Return metrics of the model to log after a training epoch, besides averages: numbers, lists or mappings."""
-        return {}
+        """Return metrics of the model to log after a training epoch, besides averages: numbers, lists or mappings.
+
+        By default, the mixing weights of a learned average.
+        """
+        return model.mixing_metrics() if isinstance(model, AveragedClassifier) else {}
 
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
         """Visualize the first clip of a batch; None for tasks without images."""

@@ -16,7 +16,6 @@ from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import MixupCutmix, mixed_targets, partner_batch, soft_targets
 from omnivision.models.attentive import AttentiveClassifier
-from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import topk_hits
@@ -124,10 +123,6 @@ class Classify(Task):
         lr, weight_decay = model.grid[best]
         chosen = {"top1": top1[best], "probe": best, "lr_factor": lr, "weight_decay_factor": weight_decay}
         return chosen | {"top1_by_probe": top1, "videos": metrics["videos"]}
-
-    def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Return the mixing weights of a learned average."""
-        return model.mixing_metrics() if isinstance(model, AveragedClassifier) else {}
 
 
 def balanced_weights(counts: Sequence[int]) -> Tensor:

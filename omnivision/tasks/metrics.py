@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -81,7 +80,7 @@ def mean_class_accuracy(confusion: np.ndarray) -> float:
     return float((confusion.diagonal()[occurring] / confusion.sum(1)[occurring]).mean())
 
 
-# The metrics that rank evaluations, higher is better; the first that there is counts, else the loss.
+# The first of these metrics that was logged ranks evaluations, higher is better; without any, the loss does.
 RANKING_METRICS = {"top1": "top-1 {:.1f} %", "map": "mAP {:.1f} %"}
 # Metrics of a source's predictions: logged, averaged over sources, drawn by the report. By label type: name -> in words.
 PREDICTION_METRICS: dict[LabelType, dict[str, str]] = {
@@ -102,23 +101,27 @@ def prediction_metrics(label_type: LabelType, label: np.ndarray, scores: np.ndar
         confusion = confusion_matrix(label, scores.argmax(1), scores.shape[1])
         return {"mean_class_accuracy": 100 * mean_class_accuracy(confusion)}
     if label_type == "multi_label":
-        return {"map": 100 * _mean_of_known(average_precisions(label, scores))}
-    return {name: _mean_of_known(values) for name, values in regression_errors(label, scores).items()}
+        return {"map": 100 * mean_of_finite(average_precisions(label, scores))}
+    return {name: mean_of_finite(values) for name, values in regression_errors(label, scores).items()}
 
 
-def _mean_of_known(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
+def mean_of_finite(values: Sequence[float] | np.ndarray) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
 
 
 def average_precisions(label: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return the average precision of each class, float (K,), from labels 0, 1 or NaN (V, K); NaN without a positive."""
+    """Return the average precision of each class, float (K,), from labels 0, 1 or NaN (V, K).
+
+    NaN without a positive, and if scores are not finite.
+    """
     from sklearn.metrics import average_precision_score  # imported lazily: it takes a second
 
     found = np.full(label.shape[1], np.nan)
     for number, (own, score) in enumerate(zip(label.T, scores.T, strict=True)):
         known = np.isfinite(own)
-        if (own[known] > 0).any():
+        if (own[known] > 0).any() and np.isfinite(score[known]).all():
             found[number] = average_precision_score(own[known] > 0, score[known])
     return found
 
@@ -129,28 +132,27 @@ def expected_precisions(label: np.ndarray) -> np.ndarray:
     With R positives among n videos it is h + (1 - h) (R - 1) / (n - 1), where h = (1 + 1/2 + ... + 1/n) / n (Bestgen 2015).
     """
     videos, positives = np.isfinite(label).sum(0), (label > 0).sum(0)
-    harmonic = np.array([sum(1 / k for k in range(1, n + 1)) / max(n, 1) for n in videos.tolist()])
-    found = harmonic + (1 - harmonic) * (positives - 1) / np.maximum(videos - 1, 1)
-    return np.where(positives > 0, found, np.nan)
+    sums = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(label) + 1))])
+    harmonic = sums[videos] / np.maximum(videos, 1)
+    expected = harmonic + (1 - harmonic) * (positives - 1) / np.maximum(videos - 1, 1)
+    return np.where(positives > 0, expected, np.nan)
 
 
 def regression_errors(label: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
     """Return mean absolute error, root mean square error and Pearson's correlation of each target, float (K,).
 
-    NaN for a target without known labels; the correlation also if one of the two does not vary.
+    NaN for a target without known labels, or with values that are not finite; the correlation also if one side does not vary.
     """
-    known = np.isfinite(label)
-    label, values = (np.where(known, array, np.nan).astype(np.float64) for array in (label, values))
-    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns about columns that are all NaN
-        error = values - label
-        one, other = (array - np.nanmean(array, axis=0) for array in (label, values))
-        correlation = np.nansum(one * other, axis=0) / np.sqrt(np.nansum(one**2, axis=0) * np.nansum(other**2, axis=0))
-        return {
-            "mae": np.nanmean(np.abs(error), axis=0),
-            "rmse": np.sqrt(np.nanmean(error**2, axis=0)),
-            "pearson": correlation,
-        }
+    errors = {name: np.full(label.shape[1], np.nan) for name in PREDICTION_METRICS["regression"]}
+    for k, (own, value) in enumerate(zip(label.T.astype(np.float64), values.T.astype(np.float64), strict=True)):
+        known = np.isfinite(own)
+        own, value = own[known], value[known]
+        if len(own) and np.isfinite(value).all():
+            errors["mae"][k] = np.abs(value - own).mean()
+            errors["rmse"][k] = np.sqrt(((value - own) ** 2).mean())
+            if own.std() and value.std():
+                errors["pearson"][k] = np.corrcoef(own, value)[0, 1]
+    return errors
 
 
 def to_probabilities(scores: np.ndarray, label_type: LabelType) -> np.ndarray:

@@ -7,33 +7,29 @@ from torch import Tensor
 
 from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import MixupCutmix
-from omnivision.tasks.targets import Targets
+from omnivision.tasks.targets import TargetTask
 from omnivision.utils.errors import UserError
 
 
-class Regress(Targets):
+class Regress(TargetTask):
     """Squared error of each target, standardized by the mean and deviation in the catalog, so that each counts alike.
 
-    Raises UserError for label smoothing, which numbers do not have.
+    Raises UserError if label smoothing is set.
     """
-
-    label_type = "regression"
 
     def __init__(self, labels: LabelSets, mixing: MixupCutmix | None = None) -> None:
         super().__init__(labels, mixing)
-        self._scales = [
-            (torch.tensor(mean), torch.tensor(std)) for mean, std in zip(labels.mean, labels.std, strict=True)
-        ]
+        self._scales = [(torch.tensor(mean), torch.tensor(std)) for mean, std in labels.scales]
         if mixing is not None and mixing.label_smoothing:
             raise UserError(
                 f"trainer.task.mixing.label_smoothing must be 0 for regression, got {mixing.label_smoothing:g}. Set it to 0."
             )
 
-    def losses(self, logits: Tensor, target: Tensor, head: int) -> Tensor:
+    def compute_losses(self, logits: Tensor, target: Tensor, head: int) -> Tensor:
         mean, std = self._scale(head, logits.device)
         return (logits - (target - mean) / std) ** 2
 
-    def scores(self, logits: Tensor, head: int) -> Tensor:
+    def to_scores(self, logits: Tensor, head: int) -> Tensor:
         mean, std = self._scale(head, logits.device)
         return logits * std + mean
 

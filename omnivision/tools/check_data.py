@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from cyclopts import Parameter
 
-from omnivision.data.catalog import IGNORED_LABEL, labels_start_at_one, resolve_prefix, shift_command
+from omnivision.data.catalog import IGNORED_LABEL, known_labels, labels_start_at_one, resolve_prefix, shift_command
 from omnivision.data.frames import MAX_TOOL_PIXELS
 from omnivision.data.groups import drop_suffix
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
@@ -101,7 +101,7 @@ def check_data(
 
     Args:
         paths_file: 1-D array of paths of videos or frame folders.
-        labels_file: Array of integers, one per path; or a row per path, of 1, 0 and -1 (several classes) or of numbers.
+        labels_file: Array of integers, one per path; or a row per path, of 1, 0 and -1 (multi-label) or numbers (regression).
     """
     if settings.num_classes is not None and labels_file is None:
         raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
@@ -109,6 +109,10 @@ def check_data(
     _check_json_file(settings.json, [file for file in inputs if file])
     paths, labels, segments = read_arrays(paths_file, labels_file, settings.segments)
     others = read_arrays(settings.against)[0] if settings.against else None
+    if labels is not None and labels.ndim > 1 and settings.num_classes not in (None, labels.shape[1]):
+        raise UserError(
+            f"{labels_file} has {labels.shape[1]} columns, and --num-classes is {settings.num_classes}. Change one of them."
+        )
     prefix = resolve_prefix(settings.prefix)
     full = [prefix + path for path in paths]
     checks = _check_all(full, segments or [None] * len(full), settings)
@@ -132,11 +136,6 @@ def check_data(
         )
     for line in lines:
         print_text(printable(line))
-    columns = summary.get("labels", {}).get("columns")
-    if columns is not None and settings.num_classes not in (None, columns):
-        raise UserError(
-            f"{labels_file} has {columns} columns, and --num-classes is {settings.num_classes}. Change one of them."
-        )
     if out_of_range := summary.get("labels", {}).get("out_of_range"):
         print(
             f"error: {labels_file} has {plural(out_of_range, 'label')} out of range; expected at most "
@@ -279,14 +278,12 @@ def _summarize(checks: list[VideoCheck], segments: list[Segment] | None) -> dict
 
 def _summarize_rows(labels: np.ndarray) -> dict[str, Any]:
     """Summarize labels that are a row for each sample: by column."""
-    known = np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0
+    known = known_labels(labels)
     summary: dict[str, Any] = {"columns": labels.shape[1], "unknown": int((~known).sum())}
     if labels.dtype.kind == "f":
         columns = [own[ok] for own, ok in zip(labels.T, known.T, strict=True)]
         ranges = [(own.min(), own.mean(), own.max()) if len(own) else (None,) * 3 for own in columns]
-        return summary | {
-            "least, mean, most": [[v if v is None else round(float(v), 6) for v in own] for own in ranges]
-        }
+        return summary | {"ranges": [[v if v is None else round(float(v), 6) for v in own] for own in ranges]}
     return summary | {"positives": (labels > 0).sum(0).tolist(), "without": int((~(labels > 0).any(1)).sum())}
 
 
@@ -329,7 +326,7 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
             if never := [k for k, count in enumerate(counts) if not count]:
                 lines.append(f"classes that never occur: {truncate_list(never, _NUM_LISTED)}")
         else:
-            ranges = enumerate(labels["least, mean, most"])
+            ranges = enumerate(labels["ranges"])
             texts = [f"{k}: {low:g} to {high:g}, mean {mean:g}" for k, (low, mean, high) in ranges if mean is not None]
             lines.append(f"targets: {truncate_list(texts, _NUM_LISTED, '; ')}")
     elif labels:

@@ -72,7 +72,8 @@ def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
         raise UserError(f"{source.path} is an attentive probe, which transformers does not have. Set --to safetensors.")
     if is_hf and source.inference.label_type == "regression":
         raise UserError(
-            f"{source.path} predicts standardized numbers, which transformers cannot turn into units. Set --to safetensors."
+            f"{source.path} is a regression model; transformers does not undo the standardization of its targets. Set --to "
+            "safetensors."
         )
     config = source.inference.numbered(model.architecture.get("classes", []))
     is_validated = not source.ema or options.weights != "model"  # the run's metrics belong to these weights

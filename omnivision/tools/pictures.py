@@ -252,13 +252,12 @@ def open_features(folder: Path, data: str | None, which: str) -> FeatureSplit:
 
 
 def class_name(split: FeatureSplit, row: int) -> str:
-    """Return the name of a row's class, or of its classes; "?" without a label, and for numbers."""
+    """Return the name of a row's class, or of its classes; "?" without one, and for regression."""
     if split.labels.ndim > 1:
+        if split.record.data.get("label_type") != "multi_label":
+            return "?"
         names = split.class_names or [str(label) for label in range(split.labels.shape[1])]
-        is_binary = bool(np.isin(split.labels[row], (0, 1)).any())
-        return (
-            " + ".join(names[k] for k in np.flatnonzero(split.labels[row] == 1).tolist()) or "?" if is_binary else "?"
-        )
+        return " + ".join(names[k] for k in np.flatnonzero(split.labels[row] == 1).tolist()) or "?"
     label = int(split.labels[row])
     if label < 0:
         return "?"

@@ -52,8 +52,9 @@ def predict(
 ) -> int:
     """Predict which actions videos show.
 
-    Print the likeliest classes of each video, by a model of a later stage. Scores are averaged over views: clips spread over
-    the video, and crops of each. Exit code 1 if a video could not be read; the others are printed anyway.
+    Print the likeliest classes of each video, or the values of a regression, by a model of a later stage. Scores are averaged
+    over views: clips spread over the video, and crops of each. Exit code 1 if a video could not be read; the others are printed
+    anyway.
 
     Args:
         checkpoint: A run directory (its best checkpoint) or a file.
@@ -131,6 +132,12 @@ def predict_timelines(
             print_text(f"{video} ({line.duration:.1f} s, {len(line.times)} windows)")
             for own in line.segments():
                 print_text(f"  {own.start:8.2f} to {own.end:8.2f} s  {100 * own.probability:5.1f} %  {own.name}")
+            if line.label_type == "regression":
+                for (start, end), values in zip(line.times.tolist(), line.outputs.tolist(), strict=True):
+                    named = zip(line.class_names, values, strict=True)
+                    print_text(
+                        f"  {start:8.2f} to {end:8.2f} s  " + "  ".join(f"{name} {value:.4g}" for name, value in named)
+                    )
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             name = Path(video).stem

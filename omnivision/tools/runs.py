@@ -41,7 +41,7 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
         summaries = [summary for summary in summaries if summary["last"].get("val_top1") is not None]
         summaries.sort(key=lambda summary: (summary["run"].get("sources") or [], summary["last"]["val_top1"]))
     console, width = wide_console()
-    columns = list(TOP1_COLUMNS if top1 else filled_columns([describe_run(summary) for summary in summaries]))
+    columns = list(TOP1_COLUMNS if top1 else select_columns([describe_run(summary) for summary in summaries]))
     spare = [column for column in SPARE if column in columns]
     left_out = []
     while console.measure(table := make_table(summaries, columns)).maximum > width and spare:
@@ -103,7 +103,7 @@ def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
     return table
 
 
-def filled_columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
+def select_columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Return COLUMNS, without rare ones that are empty in all rows."""
     return [column for column in COLUMNS if column not in RARE or any(row[column] for row in rows)]
 
@@ -112,6 +112,7 @@ def describe_run(summary: dict[str, Any]) -> dict[str, str]:
     """Return a cell for each of COLUMNS. Chance is the accuracy of a constant guess if all classes have the same size."""
     metadata, last = summary["run"], summary["last"]
     classes = max(metadata.get("classes") or [0])
+    is_class = metadata.get("label_type", "class") == "class"  # older summaries lack it
     return {
         "run": summary["name"],
         "trunk": metadata.get("trunk") or "?",
@@ -121,8 +122,8 @@ def describe_run(summary: dict[str, Any]) -> dict[str, str]:
         "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
         "top-1 %": format_number(last.get("val_top1"), 1),
         "mAP %": format_number(last.get("val_map"), 1),
-        "MAE": format_number(last.get("val_mae"), 3),
-        "chance %": format_number(100 / classes if classes and not {"val_map", "val_mae"} & {*last} else None, 1),
+        "MAE": "" if last.get("val_mae") is None else f"{last['val_mae']:.4g}",
+        "chance %": format_number(100 / classes if classes and is_class else None, 1),
         "best %": format_number(summary.get("best"), 1) if {"val_top1", "val_map"} & {*last} else "",
         "loss": format_number(last.get("val_loss", last.get("loss")), 3),
         "model": metadata.get("model") or "?",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnivision.config.schema import LabelType
-from omnivision.tasks.metrics import to_probabilities
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +22,9 @@ PRESENT = 0.5  # probability from which one of several classes counts as present
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a video whose windows have the same likeliest class; of several classes, one that is present."""
+    """A stretch of a video whose windows have the same likeliest class; for multi-label, in whose windows the class has a
+    probability of at least PRESENT.
+    """
 
     start: float  # s
     end: float
@@ -34,18 +35,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Scores of the windows of a video, in the order of their starts."""
+    """What a model says of the windows of a video, in the order of their starts."""
 
     times: np.ndarray  # float64 (W, 2): start and end of each window, s
-    scores: np.ndarray  # logits or, for regression, values: float32 (W, classes)
+    outputs: np.ndarray  # probabilities or, for regression, values: float32 (W, classes)
     duration: float  # s
     class_names: Sequence[str]
     label_type: LabelType = "class"
-
-    @property
-    def outputs(self) -> np.ndarray:
-        """Probabilities of the classes, or values of the targets, float32 (W, classes)."""
-        return self.scores if self.label_type == "regression" else to_probabilities(self.scores, self.label_type)
 
     def segments(self) -> list[Segment]:
         """Merge neighbors with the same likeliest class, or in which a class is present; numbers have no segments.
@@ -58,7 +54,7 @@ class Timeline:
         bounds = [0.0, *((middles[1:] + middles[:-1]) / 2).tolist(), self.duration]
         windows = range(len(outputs))
         if self.label_type == "class":
-            best = self.scores.argmax(1)
+            best = outputs.argmax(1)
             runs = [(label, list(members)) for label, members in groupby(windows, key=lambda window: int(best[window]))]
         else:
             present = outputs >= PRESENT
@@ -129,12 +125,12 @@ class Timeline:
         is_value = self.label_type == "regression"
         curves.set(xlim=(0, self.duration), **({} if is_value else {"ylim": (0, 1.02), "ylabel": "probability"}))
         curves.set_title(title, **plain)
-        rows = drawn if self.label_type == "multi_label" else [0]  # classes that may overlap have a row each
-        for own in segments:
-            row = drawn.index(own.label) if own.label in drawn else 0
-            low, high = (row / len(rows), (row + 1) / len(rows)) if len(rows) > 1 else (0, 1)
-            if own.label in drawn or len(rows) == 1:
-                bar.axvspan(own.start, own.end, 1 - high, 1 - low, color=colors.get(own.label, "#999999"))
+        for own in segments:  # classes that may overlap have a row each
+            row = drawn.index(own.label) if self.label_type == "multi_label" and own.label in drawn else 0
+            color = colors.get(own.label, "#999999")
+            bar.barh(row, own.end - own.start, left=own.start, height=1, color=color, linewidth=0)
+        bar.margins(y=0)
+        bar.invert_yaxis()
         bar.set_visible(not is_value)
         curves.tick_params(labelbottom=is_value)
         handles = [curves.lines[place] for place in range(len(drawn))]

@@ -10,7 +10,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from omnivision.data.catalog import load_array
-from omnivision.data.groups import GROUPINGS, group_videos, hold_out, pattern_grouping, strata
+from omnivision.data.groups import GROUPINGS, group_videos, hold_out, pattern_grouping
 from omnivision.tools.arguments import Regex, Segments, Share, at_least
 from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError, truncate_list
@@ -53,7 +53,7 @@ def val_split(
     if segments is None and beside != Path(labels_file) and beside.exists():
         raise UserError(f"{beside} is beside the labels. Pass --segments {beside}, or move it away for whole videos.")
     groups = group_videos(paths, GROUPINGS[dataset] if dataset else pattern_grouping(str(group_pattern)))
-    held = hold_out(groups, strata(labels), share, seed)
+    held = hold_out(groups, labels, share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
     splits = {
         side: ([paths[i] for i in indices], labels[indices], [times[i] for i in indices] if times else [])
@@ -62,7 +62,8 @@ def val_split(
     for side, arrays in splits.items():
         for what, array in zip(("paths", "labels", "segments"), arrays, strict=True):
             file = out / f"{side}_{what}.npy"
-            if file.exists() and not np.array_equal(load_array(str(file), "OUT"), np.array(array)):
+            new = np.array(array)
+            if file.exists() and not np.array_equal(load_array(str(file), "OUT"), new, equal_nan=new.dtype.kind == "f"):
                 raise UserError(f"{file} exists and holds another split. Nothing was changed. Give another OUT.")
     out.mkdir(parents=True, exist_ok=True)
     for side, indices in sides.items():

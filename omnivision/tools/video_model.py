@@ -118,7 +118,7 @@ class VideoModel:
         self, video: str | Path, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
     ) -> np.ndarray:
         """Return a video's logits, float32 (classes,), averaged over `clips` x `crops` views as in the run's evaluations; for
-        regression, the targets in their units.
+        regression, the standardized targets.
 
         Raises UserError for an unreadable video, and for a model without classes.
         """
@@ -138,12 +138,11 @@ class VideoModel:
             )
 
     def _average(self, views: Tensor, head: int, averaged: int) -> np.ndarray:
-        """Return scores averaged over each `averaged` adjacent views, float32 (videos or windows, classes)."""
+        """Return logits averaged over each `averaged` adjacent views, float32 (videos or windows, classes)."""
         logits = self.model(views, head).float()
         if not logits.isfinite().all():
             raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another model.")
-        scores = average_views(logits, averaged, self.config.average).cpu().numpy()
-        return self.config.outputs(scores, head) if self.config.label_type == "regression" else scores
+        return average_views(logits, averaged, self.config.average).cpu().numpy()
 
     @torch.inference_mode()
     def timeline(
@@ -183,8 +182,8 @@ class VideoModel:
                 for views in track(read(), len(blocks))
             ]
         times = np.array([(start, start + seconds) for start in starts])
-        names, label_type = self.config.class_names[head], self.config.label_type
-        return Timeline(times, np.concatenate(scores), duration, names, label_type)
+        outputs = self.config.convert_scores(np.concatenate(scores), head)
+        return Timeline(times, outputs, duration, self.config.class_names[head], self.config.label_type)
 
     def predict(
         self, video: str | Path, top: int = 5, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
@@ -193,12 +192,12 @@ class VideoModel:
 
         Raises UserError as `scores` does.
         """
-        scores, names = self.scores(video, clips, crops, head, **frames), self.config.class_names[head]
+        outputs = self.config.convert_scores(self.scores(video, clips, crops, head, **frames), head)
+        names = self.config.class_names[head]
         if self.config.label_type == "regression":
-            return [Estimate(name, label, float(scores[label])) for label, name in enumerate(names)]
-        probs = self.config.outputs(scores, head)
-        best = np.argsort(-probs, kind="stable")[:top]
-        return [Prediction(names[label], int(label), float(probs[label])) for label in best]
+            return [Estimate(name, label, float(outputs[label])) for label, name in enumerate(names)]
+        best = np.argsort(-outputs, kind="stable")[:top]
+        return [Prediction(names[label], int(label), float(outputs[label])) for label in best]
 
     @property
     def trunk(self) -> VisionTransformer:

@@ -72,7 +72,9 @@ def xray(
             "(alignment, fine-tuning, probing)."
         )
     if model.config.label_type != "class":
-        raise UserError(f"xray is for models with one class per video; {model.path} learned {model.config.label_type}.")
+        raise UserError(
+            f"xray needs a model with one class per video; {model.path} has label type {model.config.label_type}."
+        )
     in_run = model.path.parent.name == "checkpoints"
     out = what.out or (model.path.parent.parent / FOLDER if in_run else Path(f"{model.path}.{FOLDER}"))
     names = what.data or sources_of(model)

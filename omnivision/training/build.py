@@ -20,7 +20,7 @@ from omnivision.config.cross_validate import has_decoder
 from omnivision.config.flat import flatten
 from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
-from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
+from omnivision.data.catalog import ARRAYS, Dataset, LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.groups import pattern_grouping
 from omnivision.data.loader import LoaderConfig, TrainData, ValData
@@ -99,7 +99,8 @@ def open_splits(settings: Settings) -> Splits:
         if not has_decoder(config.model) and not split.has_labels():
             problems.append(
                 f"datasets.{split.name}.{split.which}.labels must have a label for some sample: this stage learns from labels. "
-                f"Set ++datasets.{split.name}.{split.which}.labels=FILE.npy, with numbers from 0 (-1 is ignored)."
+                f"Set ++datasets.{split.name}.{split.which}.labels=FILE.npy: {ARRAYS[split.label_type][2]}"
+                f"{', from 0 (-1 is ignored)' if split.label_type == 'class' else ''}."
             )
     if config.data.hold_out:
         pattern = config.data.hold_out_pattern
@@ -201,7 +202,7 @@ def build_inference_config(settings: Settings) -> InferenceConfig:
     more: dict[str, Any] = {} if label_type == "class" else {"label_type": label_type}
     if label_type == "regression":
         labels = build_label_sets(settings)
-        more |= {"label_mean": labels.mean, "label_std": labels.std}
+        more |= {"label_mean": [mean for mean, _ in labels.scales], "label_std": [std for _, std in labels.scales]}
     return InferenceConfig(
         clip_duration=settings.trainer.data.clip_duration,
         class_names=resolve_class_names(settings),
@@ -281,7 +282,9 @@ def measure_clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops |
     mask = None if clip.mask is None else clip.mask(clip.grid, np.random.default_rng(0))
     shape = data.num_frames, settings.image_size, settings.image_size
     try:
-        return flops.count_clip_flops(build_task(settings), model, shape, mask, next(iter(data.sources)))
+        source = build_datasets(settings)[0]
+        label = None if source.label_type == "class" else torch.empty(1, source.num_classes or 1)
+        return flops.count_clip_flops(build_task(settings), model, shape, mask, source.name, label)
     except Exception:
         if settings.trainer.trust_targets:
             return None

@@ -16,7 +16,7 @@ from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import StepOutput
-from omnivision.tasks.metrics import Meter, Totals, averages, prediction_metrics
+from omnivision.tasks.metrics import Meter, Totals, averages, mean_of_finite, prediction_metrics
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import StopSignal
 
@@ -47,9 +47,11 @@ def evaluate_model(
     dist: Dist,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: StopSignal | None = None,
-    label_type: LabelType = "class",
+    label_types: Mapping[str, LabelType] | None = None,
 ) -> Evaluation | None:
     """Evaluate `model` on this rank's `batches` by a task's `step`; the result covers all ranks and is the same on each.
+
+    label_types: of the sources (default: "class").
 
     Returns None on all ranks if one was asked to stop before the end. Raises UserError on all ranks if the files that one of
     them reads are missing.
@@ -78,7 +80,7 @@ def evaluate_model(
         if output.scores is not None:  # one row per video; the views of a video are adjacent in the batch
             index, label = batch.index[:: batch.views].numpy(), batch.label[:: batch.views].numpy()
             scores, paths = output.scores.float().cpu().numpy(), batch.paths[:: batch.views]
-            part = Predictions(index, label, scores, paths, label_type=label_type)
+            part = Predictions(index, label, scores, paths, label_type=(label_types or {}).get(batch.source, "class"))
             predictions.setdefault(batch.source, []).append(part)
     ends = dist.all_gather_object((this_rank_stops, missing))
     if unreachable := [sample for _, samples in ends if len(samples) >= MAX_MISSING for sample in samples.values()]:
@@ -104,10 +106,12 @@ def compute_metrics(
     """Return the metrics of all sources together and of each source."""
     metrics: dict[str, Any] = averages(totals) | {"videos": videos}
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
-    found = {source: prediction_metrics(own.label_type, own.label, own.scores) for source, own in predictions.items()}
-    for source, own in found.items():
+    by_source = {
+        source: prediction_metrics(own.label_type, own.label, own.scores) for source, own in predictions.items()
+    }
+    for source, own in by_source.items():
         per_source[source] |= own
-        metrics |= {name: sum(each[name] for each in found.values()) / len(found) for name in own}
+        metrics |= {name: mean_of_finite([each[name] for each in by_source.values()]) for name in own}
     return metrics, per_source
 
 

@@ -79,7 +79,12 @@ class ClipFlops:
 
 
 def count_clip_flops(
-    task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str
+    task: Task,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    mask: np.ndarray | None,
+    source: str,
+    label: Tensor | None = None,
 ) -> ClipFlops:
     """Count the operations of a training step for one clip; frozen parts have no backward pass.
 
@@ -88,12 +93,13 @@ def count_clip_flops(
         shape: frames, height and width of a clip.
         mask: bool (tokens of the clip), for an autoencoder.
         source: name of a source that the task knows.
+        label: a label of the source, (1,) or (1, K) (None: a class).
     """
     from torch.utils.flop_counter import FlopCounterMode  # imported lazily: it imports triton, which takes 0.2 s
 
     batch = Batch(
         video=torch.empty(1, 3, *shape, dtype=torch.uint8, device="meta"),
-        label=torch.empty(1, dtype=torch.int64, device="meta"),
+        label=(torch.empty(1, dtype=torch.int64) if label is None else label).to("meta"),
         index=torch.empty(1, dtype=torch.int64, device="meta"),
         source=source,
         paths=[""],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,14 @@ from omnivision.checkpoint.pretrained import (
     load_filtered,
     name_setting,
 )
-from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, read_several
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, read_several, read_weights
 from omnivision.config.schema import Settings
 from omnivision.interop.merge import merge
 from omnivision.models.average import AveragedClassifier
 from omnivision.training import build
 from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import UserError
+from omnivision.utils.io import LATEST
 
 POS_EMBED = "trunk.pos_embed"
 
@@ -36,9 +39,11 @@ def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadRepor
         trainer.context.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
     for report in averaged:
         info(f"Averages {report.path} (SHA-256 {report.sha256[:12]}...)")
-    if trainer.load_checkpoint(build.resolve_class_names(settings)):
-        return []
     validates = settings.trainer.mode == "val"
+    if trainer.load_checkpoint(build.resolve_class_names(settings)):
+        if validates:
+            check_scales(settings, trainer.context.run_dir.checkpoints / LATEST)
+        return []
     if validates and (averaged or settings.pretrained_checkpoint_path is None):
         advice = "set pretrained_checkpoint_path, or train first"
         if averaged:  # they have no head
@@ -67,12 +72,28 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     if weights.architecture.get("kind") == "average":  # merge it into a single model
         weights = merge(weights).file
     report = load_filtered(model, weights, settings.trainer.checkpoint, build.resolve_class_names(settings))
+    if any(head_of(name) >= 0 for name in report.loaded):
+        check_scales(settings, Path(pretrained))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if head_of(name) >= 0]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
             "this model, loaded completely: trainer/checkpoint=load_all."
         )
     return [report]
+
+
+def check_scales(settings: Settings, path: Path) -> None:
+    """Raise UserError if loaded heads standardize the targets of a regression otherwise than the catalog says."""
+    current = build.build_inference_config(settings)
+    if current.label_type != "regression":
+        return
+    saved = read_weights(path).inference
+    wrong = [name for name, scale in current.scales().items() if saved.scales().get(name, scale) != scale]
+    if saved.label_type != "regression" or wrong:
+        raise UserError(
+            f"{path} must standardize the targets as this run does ({current.scales()}), got {saved.scales() or 'classes'}. "
+            "Set label_mean and label_std in the catalog entry, or trainer/checkpoint=no_heads for a new head."
+        )
 
 
 def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> list[LoadReport]:

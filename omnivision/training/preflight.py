@@ -280,7 +280,11 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
             yield (
                 f"{split.name}: {len(missing)} of {split.dataset.num_classes} classes have no training sample "
                 f"({truncate_list(missing)}); the head still has an output for each."
-                + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
+                + (
+                    " Do the labels start at 1? They must start at 0."
+                    if missing == [0] and split.label_type == "class"
+                    else ""
+                )
             )
         if split.label_type == "regression":
             yield from scale_warnings(split)
@@ -295,16 +299,16 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
 
 def scale_warnings(split: Split) -> Iterator[str]:
     """Warn about targets that the catalog's means and deviations do not bring near 0 and 1."""
-    entry, labels = split.dataset, split.labels().astype(np.float64)
-    for k, own in enumerate(labels.T):
-        own = own[np.isfinite(own)]
-        mean, std = (
-            values[k] if values else default for values, default in ((entry.label_mean, 0), (entry.label_std, 1))
-        )
+    labels, entry = split.labels().astype(np.float64), split.dataset
+    names = entry.names() or [str(k) for k in range(labels.shape[1])]
+    means, deviations = entry.label_mean or [0.0] * labels.shape[1], entry.label_std or [1.0] * labels.shape[1]
+    # Other lengths are errors elsewhere.
+    for name, column, mean, std in zip(names, labels.T, means, deviations, strict=False):
+        own = column[np.isfinite(column)]
         if len(own) and (abs(own.mean() - mean) > std or not 0.2 < own.std() / std < 5):
             yield (
-                f"{split.name}: the numbers of target {entry.names()[k]} have mean {own.mean():.4g} and standard deviation "
-                f"{own.std():.4g}, and the catalog says {mean:.4g} and {std:.4g}. Training standardizes them; set "
+                f"{split.name}: target {name} has mean {own.mean():.4g} and standard deviation {own.std():.4g}; label_mean and "
+                f"label_std in the catalog are {mean:.4g} and {std:.4g}, by which training standardizes it. Set "
                 f"datasets.{split.name}.label_mean and label_std."
             )
 

@@ -30,7 +30,7 @@ def check_same_experiment(
         return
     if classes := describe_class_changes(InferenceConfig.of_file(saved), InferenceConfig.of_file(current)):
         raise UserError(
-            f"{path} must have the classes of the data, in their order, got changes: "
+            f"{path} must have the classes (or targets) of the data, in their order, got changes: "
             f"{truncate_list(classes, separator='; ')}. Set datasets.NAME.class_names and its labels back, or "
             "start a new run in another launcher.experiment_log_dir from pretrained_checkpoint_path; "
             "allow_changes does not permit this."

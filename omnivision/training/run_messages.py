@@ -18,7 +18,7 @@ from omnivision.checkpoint.state_dict_file import describe_metrics
 from omnivision.config.schema import Settings
 from omnivision.models.architecture import architecture_of
 from omnivision.models.classifier import is_frozen
-from omnivision.reporting.predictions import picture_name
+from omnivision.reporting.predictions import image_name
 from omnivision.tasks.metrics import RANKING_METRICS
 from omnivision.training.preflight import describe_split
 from omnivision.training.step_stats import RunState
@@ -73,7 +73,7 @@ def validation_lines(trainer: Trainer) -> list[str]:
     """Return where an evaluation wrote its predictions, and pictures of them."""
     run_dir, splits = trainer.context.run_dir, trainer.val_data.dataset.splits if trainer.val_data is not None else []
     files = [
-        (run_dir.predictions / f"{split.name}.csv", run_dir.pictures / picture_name(split.label_type, split.name))
+        (run_dir.predictions / f"{split.name}.csv", run_dir.pictures / image_name(split.label_type, split.name))
         for split in splits
     ]
     return [f"predictions  {table}, picture {picture}" for table, picture in files if table.exists()]
@@ -126,6 +126,7 @@ def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
         "pretrained": " + ".join(names) or None,
         "sources": list(settings.trainer.data.sources),
         "classes": architecture.get("classes"),
+        "label_type": next((source.label_type for source in settings.trainer.data.sources.values()), "class"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

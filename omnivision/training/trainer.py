@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from omnivision.checkpoint import checkpointer, sharded
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.checkpoint.state_dict_file import describe_checkpoint
-from omnivision.config.schema import LabelType, TrainerSettings
+from omnivision.config.schema import TrainerSettings
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import Draw, SourcePlan, keyed_rng
@@ -278,23 +278,17 @@ class Trainer:
         Returns None when any rank was asked to stop before the end.
         """
         assert self.val_data is not None
-        dist = self.context.dist
-        stop = self.context.stop
         reporter = self.context.reporter
-        stop.set_phase("validating", self.global_step)
-        batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
+        self.context.stop.set_phase("validating", self.global_step)
         with (
             self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
             summon_full_params(self.raw_model),
         ):
             if not self._choose():
                 return None
-            label_type: LabelType = getattr(self.task, "label_type", "class")  # a user's own task may lack it
-            step = self.task.evaluation_step
-            result = evaluate_model(step, self.raw_model, batches, dist, self._autocast, stop, label_type)
+            result = self._evaluate(self.val_data, self.task.evaluation_step)
         if result is None:
             return None
-        self.step_stats.record_bad(result.bad)
         metrics = result.metrics | {"per_source": result.per_source}
         reporter.log_epoch("val", self.state.weights_epoch, self.global_step, metrics)
         splits = {split.name: split for split in self.val_data.dataset.splits}
@@ -313,16 +307,23 @@ class Trainer:
         """
         if self.held_out_data is None:
             return True
-        dist = self.context.dist
-        batches = self.held_out_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
-        step = self.task.held_out_step
-        result = evaluate_model(step, self.raw_model, batches, dist, self._autocast, self.context.stop)
+        result = self._evaluate(self.held_out_data, self.task.held_out_step)
         if result is None:
             return False
-        self.step_stats.record_bad(result.bad)
         metrics = self.task.choose(self.raw_model, result.metrics)
         self.context.reporter.log_epoch("held_out", self.state.weights_epoch, self.global_step, metrics)
         return True
+
+    def _evaluate(self, data: ValData, step: Callable[[nn.Module, Batch], StepOutput]) -> Evaluation | None:
+        """Evaluate the weights on some data; None when any rank was asked to stop before the end."""
+        dist, splits = self.context.dist, data.dataset.splits
+        batches = data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
+        label_types = {split.name: split.label_type for split in splits}
+        stop = self.context.stop
+        result = evaluate_model(step, self.raw_model, batches, dist, self._autocast, stop, label_types)
+        if result is not None:
+            self.step_stats.record_bad(result.bad)
+        return result
 
     def _probe(self, online_eval: OnlineEval) -> None:
         """Probe the features of the EMA if there is one, else of the weights, and log the metrics."""

@@ -28,9 +28,15 @@ from omnivision.data.sampling import Request, keyed_rng
 from omnivision.interop.complete import complete_model
 from omnivision.models.architecture import from_architecture
 from omnivision.reporting.logs import read_lines
-from omnivision.reporting.predictions import Predictions, read_predictions, table_cells
+from omnivision.reporting.predictions import Predictions, make_table, read_predictions
 from omnivision.reporting.run_directory import RunDir
-from omnivision.tasks.metrics import PREDICTION_METRICS, RANKING_METRICS, prediction_metrics, to_probabilities
+from omnivision.tasks.metrics import (
+    PREDICTION_METRICS,
+    RANKING_METRICS,
+    mean_of_finite,
+    prediction_metrics,
+    to_probabilities,
+)
 from omnivision.training import build
 from omnivision.training.evaluate import evaluation_settings
 from omnivision.training.trainer import resolve_amp_dtype
@@ -59,7 +65,7 @@ Track = Callable[[Iterable[Batch], int], Iterable[Batch]]
 def verify_run(
     folder: Path, sample: int | None, device: torch.device, workers: int, track: Track = lambda batches, total: batches
 ) -> list[Claim]:
-    """Return the claims of a run that classifies, and whether they hold.
+    """Return the claims of a run with predictions, and whether they hold.
 
     Args:
         sample: how many predictions of each source are recomputed; None for all.
@@ -111,20 +117,20 @@ def metric_claims(
     totals: dict[str, float] = {}
     count = 0
     for source, part in predictions.items():
-        sums, videos = _sums(part, settings, source)
+        sums, videos = sum_losses(part, settings, source)
         count += videos
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
     found = {name: value / max(1, count) for name, value in totals.items()}
     parts = [prediction_metrics(part.label_type, part.label, part.scores) for part in predictions.values()]
-    found |= {name: float(np.mean([own[name] for own in parts])) for name in parts[0]}
+    found |= {name: mean_of_finite([own[name] for own in parts]) for name in parts[0]}
     return [
-        _compare(f"{name} of the summary, from the predictions", last[f"val_{name}"], found[name])
+        _compare(name, f"{name} of the summary, from the predictions", last[f"val_{name}"], found[name])
         for name in NUMBERS
         if name in found and isinstance(last.get(f"val_{name}"), (int, float))
     ]
 
 
-def _sums(part: Predictions, settings: Settings, source: str) -> tuple[dict[str, float], int]:
+def sum_losses(part: Predictions, settings: Settings, source: str) -> tuple[dict[str, float], int]:
     """Return sums over the videos with a label, of the loss and of top-1 and top-5 (%), and their number."""
     scores = torch.from_numpy(part.scores).double()
     if part.label_type == "class":
@@ -138,14 +144,22 @@ def _sums(part: Predictions, settings: Settings, source: str) -> tuple[dict[str,
     if part.label_type == "multi_label":
         losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, target.nan_to_num(), reduction="none")
     else:
-        entry = settings.trainer.data.sources.get(source)
-        losses = ((scores - target) / torch.tensor((entry and entry.label_std) or [1.0], dtype=torch.float64)) ** 2
+        losses = ((scores - target) / torch.from_numpy(_deviations(part, settings, source))) ** 2
     mean = torch.where(known, losses, 0).sum(1) / known.sum(1).clamp(min=1)
     return {"loss": float(mean.sum())}, int(known.any(1).sum())
 
 
-def _compare(what: str, recorded: float, found: float) -> Claim:
-    holds = math.isclose(recorded, found, rel_tol=1e-5, abs_tol=TOLERANCE)
+def _deviations(part: Predictions, settings: Settings, source: str) -> np.ndarray:
+    """Return the standard deviation of each target in the catalog, float64 (K,); 1 for classes."""
+    entry = settings.trainer.data.sources.get(source)
+    known = None if entry is None or part.label_type != "regression" else entry.label_std
+    return np.array(known or [1.0] * part.scores.shape[1], dtype=np.float64)
+
+
+def _compare(name: str, what: str, recorded: float, found: float) -> Claim:
+    exact = name in PREDICTION_METRICS["regression"]  # in any unit, and computed in the same way
+    holds = math.isclose(recorded, found, rel_tol=1e-5, abs_tol=0 if exact else TOLERANCE)
+    holds = holds or (math.isnan(recorded) and math.isnan(found))
     return Claim(what, f"{recorded:.4f}", f"{found:.4f}", "holds" if holds else "wrong")
 
 
@@ -158,7 +172,7 @@ def log_claims(run: RunDir, summary: Mapping[str, Any]) -> list[Claim]:
     last, claims = summary.get("last") or {}, []
     for name in NUMBERS:
         if isinstance(last.get(f"val_{name}"), (int, float)) and isinstance(lines[-1].get(name), (int, float)):
-            claims.append(_compare(f"{name} of the summary, from the log", last[f"val_{name}"], lines[-1][name]))
+            claims.append(_compare(name, f"{name} of the summary, from the log", last[f"val_{name}"], lines[-1][name]))
     trained = (summary.get("evaluation") or {}).get("mode") != "val"  # such an evaluation replaces its line in the log
     for name in RANKING_METRICS:
         if (
@@ -167,7 +181,7 @@ def log_claims(run: RunDir, summary: Mapping[str, Any]) -> list[Claim]:
             and all(isinstance(line.get(name), (int, float)) for line in lines)
         ):
             best = max(line[name] for line in lines)
-            claims.append(_compare(f"best {name} of the summary, from the log", summary["best"], best))
+            claims.append(_compare(name, f"best {name} of the summary, from the log", summary["best"], best))
     return claims
 
 
@@ -178,8 +192,9 @@ def table_claims(file: Path, predictions: Predictions) -> list[Claim]:
         return [Claim(f"{table.name}", "", "missing", "unchecked")]
     with open(table, encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
-    header, cells = table_cells(predictions)
-    wanted = [place for place, name in enumerate(header) if not name.startswith(("correct", "probability"))]
+    header, cells = make_table(predictions)
+    rounded = [] if predictions.label_type == "regression" else ["correct", *(f"probability_{k}" for k in range(1, 6))]
+    wanted = [place for place, name in enumerate(header) if name not in rounded]
     expected = [(path, *(str(own[k]) for k in wanted)) for path, own in zip(predictions.paths, cells, strict=True)]
     given = [(row.get("path"), *(row.get(header[k]) for k in wanted)) for row in rows]
     differing = sum(one != other for one, other in zip(expected, given, strict=False)) + abs(len(expected) - len(given))
@@ -284,21 +299,27 @@ def prediction_claims(
                     scores = task.evaluation_step(model, batch.to(device)).scores
                 found[int(batch.index[0])] = scores.float().cpu().numpy()[0]
         claims += _compare_predictions(
-            split.name, recorded, positions, found, exact and dtype is None, files[split.name]
-        )
+            split.name, recorded, positions, found, exact and dtype is None, files[split.name],
+            _deviations(recorded, settings, split.name),
+        )  # fmt: skip
     return claims
 
 
 def _compare_predictions(
-    name: str, recorded: Predictions, positions: np.ndarray, found: Mapping[int, np.ndarray], exact: bool, file: Path
+    name: str,
+    recorded: Predictions,
+    positions: np.ndarray,
+    found: Mapping[int, np.ndarray],
+    exact: bool,
+    file: Path,
+    unit: np.ndarray,
 ) -> list[Claim]:
-    """Compare recorded with recomputed probabilities (of targets: values, in deviations of the recorded ones).
+    """Compare recorded with recomputed probabilities, or with values, in `unit` (K,).
 
     Videos that are newer than the predictions count as changed data.
     """
     wrong, newer, largest, other_class = 0, 0, 0.0, 0
     is_value = recorded.label_type == "regression"
-    unit = np.maximum(recorded.scores.std(0), 1e-6) if is_value else np.ones(recorded.scores.shape[1])
     probabilities = recorded.scores if is_value else recorded.probabilities
     for position in positions.tolist():
         own = found.get(int(recorded.index[position]))

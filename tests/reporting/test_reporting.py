@@ -10,7 +10,7 @@ from rich.console import Console
 
 from omnivision.reporting import images
 from omnivision.reporting.logs import MetricsLog, read_lines
-from omnivision.reporting.predictions import Predictions, draw
+from omnivision.reporting.predictions import Predictions, draw_predictions
 from omnivision.reporting.reporter import DataStallWarning, ProgressLine, Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
@@ -104,7 +104,7 @@ class Images(Folder):
     def test_dollar_in_a_class_name_is_not_a_formula(self):
         names = ["$\\frac$", "100 $ a_b $"]
         predictions = Predictions(np.arange(2), np.arange(2), np.eye(2, dtype=np.float32), [*"ab"], class_names=names)
-        self.assertGreater(min(draw(predictions, "$x_$, step 3").size), 300)
+        self.assertGreater(min(draw_predictions(predictions, "$x_$, step 3").size), 300)
 
 
 class Progress(unittest.TestCase):

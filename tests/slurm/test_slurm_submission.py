@@ -147,6 +147,18 @@ class Submitted(OnCluster):
             *command("on_slurm", "launcher.num_nodes=2", "launcher.gpus_per_node=2", "batch_size=8"), *SUBMITTED
         )
         self.assertEqual((again.returncode, again.stdout), (0, f"finished folder={run}\n"), again.stderr)
+        words = "watch", str(run), "--data", "synthetic", "--limit", "12", "--workers", "0"
+        self.batch("watched", shlex.join([str(Path(sys.executable).parent / "omnivision"), *words]))
+        (line,) = (run / "logs" / "watch.jsonl").read_text().splitlines()
+        self.assertIn("synthetic_knn", json.loads(line))
+
+    def batch(self, name: str, command: str, *options: str) -> None:
+        """Run a command as a job, without the leftovers of `shell`, which srun would take."""
+        sent = subprocess.run(
+            ["sbatch", "--wait", *options, f"--output={name}.log", "--wrap", command],
+            cwd=self.folder, env=self.cluster.environment | ONE_THREAD, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        self.assertEqual(sent.returncode, 0, sent.stderr + (self.folder / f"{name}.log").read_text())
 
     def test_9_features_of_two_tasks_are_those_of_one_process(self):
         model, lists = tiny.classifier(6), self.folder / "lists"
@@ -162,13 +174,7 @@ class Submitted(OnCluster):
         command = [str(Path(sys.executable).parent / "omnivision"), "features", str(self.folder / "model.pt"), "many"]
         command += ["--catalog", str(catalog), "--workers", "0", "--clips", "1", "--crops", "1", "--out"]
         self.here(*command, str(self.folder / "one"))
-        step = shlex.join(["srun", *command, str(self.folder / "two")])
-        sent = subprocess.run(  # without the leftovers of `shell`, which srun would take
-            ["sbatch", "--wait", "--nodes=2", "--ntasks=2", "--output=features.log", "--wrap", step],
-            cwd=self.folder, env=self.cluster.environment | ONE_THREAD, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        log = (self.folder / "features.log").read_text()
-        self.assertEqual(sent.returncode, 0, sent.stderr + log)
+        self.batch("features", shlex.join(["srun", *command, str(self.folder / "two")]), "--nodes=2", "--ntasks=2")
         files = [file.relative_to(self.folder / "one") for file in sorted((self.folder / "one").rglob("*.npy"))]
         self.assertEqual(len(files), 4)
         for file in files:

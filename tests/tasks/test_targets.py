@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import omnivision
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.catalog import Dataset, LabelSets, Split
-from omnivision.data.groups import strata
+from omnivision.data.groups import stratify
 from omnivision.data.mixing import MixupCutmix
-from omnivision.reporting.predictions import draw, read_predictions
+from omnivision.reporting.predictions import draw_predictions, read_predictions
 from omnivision.tasks.metrics import average_precisions, expected_precisions, prediction_metrics, regression_errors
 from omnivision.tasks.multi_label import MultiLabel
 from omnivision.tasks.regress import Regress
@@ -25,7 +25,7 @@ from tests import fixtures, runs
 from tests import stage_runs as stages
 
 NAN = float("nan")
-SETS = LabelSets([3], {"a": 0}, [[1.0, 10.0, 0.0]], [[2.0, 5.0, 1.0]])
+SETS = LabelSets([3], {"a": 0}, [([1.0, 10.0, 0.0], [2.0, 5.0, 1.0])])
 
 
 def batch(label: torch.Tensor) -> Batch:
@@ -149,6 +149,12 @@ class Metrics(unittest.TestCase):
         self.assertAlmostEqual(found["mae"][1], np.abs(label[known, 1] - values[known, 1]).mean())
         self.assertAlmostEqual(found["rmse"][0], np.sqrt(((label[:, 0] - values[:, 0]) ** 2).mean()))
         self.assertTrue(np.isnan(found["pearson"][2]), "one side does not vary")
+        values[0, 0] = np.inf
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            diverged = regression_errors(label, values)
+        self.assertEqual(np.isfinite(diverged["mae"]).tolist(), [False, True, True], "not silently left out")
+        self.assertTrue(np.isnan(average_precisions((label > 0).astype(float), values)[0]))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             nothing = prediction_metrics("regression", np.full((3, 2), np.nan), np.ones((3, 2)))
@@ -196,17 +202,17 @@ class Labels(fixtures.Folder):
 
     def test_rare_classes_spread_over_held_out_parts(self) -> None:
         labels = np.array([[1, 1], [1, 0], [1, 0], [0, 0], [-1, -1]], np.int8)
-        self.assertEqual(strata(labels).tolist(), [1, 0, 0, -1, -1])
-        self.assertEqual(strata(labels.astype(float)).tolist(), [0] * 5)
-        self.assertEqual(strata(np.array([3, -1])).tolist(), [3, -1])
+        self.assertEqual(stratify(labels).tolist(), [1, 0, 0, -1, -1])
+        self.assertEqual(stratify(labels.astype(float)).tolist(), [0] * 5)
+        self.assertEqual(stratify(np.array([3, -1])).tolist(), [3, -1])
 
 
 class Timelines(unittest.TestCase):
     times = np.array([(k, k + 2.0) for k in range(4)])
 
     def test_several_classes_may_be_present(self) -> None:
-        scores = np.array([(9, -9, -9), (9, 9, -9), (-9, 9, -9), (9, -9, -9)], np.float32)
-        line = Timeline(self.times, scores, 5.0, ["a", "b", "c"], "multi_label")
+        probabilities = np.array([(1, 0, 0), (0.5, 1, 0), (0, 1, 0.4), (1, 0, 0)], np.float32)
+        line = Timeline(self.times, probabilities, 5.0, ["a", "b", "c"], "multi_label")
         found = [(own.name, own.start, own.end) for own in line.segments()]
         self.assertEqual(found, [("a", 0, 2.5), ("b", 1.5, 3.5), ("a", 3.5, 5)])
         self.assertEqual(line.draw("x").size, (1200, 360))
@@ -273,7 +279,11 @@ class Run(fixtures.Folder):
         code, _, errors = runs.call_command("report", self.folder / "one", "--out", self.folder / "report.html")
         self.assertEqual(code, 0, errors)
         predictions = read_predictions(self.folder / "one" / "predictions" / "mine.npz")
-        self.assertGreater(draw(predictions, "$x").size[0], 100)
+        self.assertGreater(draw_predictions(predictions, "$x").size[0], 100)
+
+    def check_dry(self, common: list[str]) -> None:
+        out = self.run_stage("dry", *common, "trainer.mode=dry", "trainer.logging.peak_tflops=1")
+        self.assertIn("operations", out.stdout)
 
     def damage(self) -> None:
         """A wrong number in the predictions is found."""
@@ -310,6 +320,7 @@ class MultiLabelRun(Run):
         labels = np.load(self.folder / "out" / "train_labels.npy")
         self.assertEqual((labels.dtype, labels[0].tolist(), labels[4].tolist()), (np.int8, [0, 1, 0, 1], [0, 0, 0, 0]))
         common += ["mixing_prob=1"]
+        self.check_dry(common)
         self.check_run(common, "map")
         prediction = omnivision.load(self.last).predict(self.folder / "videos" / "0.mp4", top=4)
         self.assertEqual({own.name for own in prediction}, {"blue", "fast", "green", "red"})
@@ -327,6 +338,47 @@ class MultiLabelRun(Run):
         self.assertIn("positives per class: 3 to 5; 1 samples have no class", said)
         self.damage()
 
+    def test_a_single_attentive_probe_with_held_out_videos(self) -> None:
+        rows = ["a", "b", "a;b", "a", "b", "a", "b", "a;b", "a", "b", "a", "b"]
+        common = self.prepare("path,labels", rows, "--label-type", "multi_label")
+        single = "trainer.model.lr_factors=[1]", "trainer.model.weight_decay_factors=[1]", "trainer.data.hold_out=0.3"
+        out = self.run_stage("probe", *common, *single, "epochs=1", stage="attentive")
+        self.assertRegex(out.stdout, r"held_out: loss .* map")
+
+    def test_names_put_columns_in_order(self) -> None:
+        (self.folder / "names.txt").write_text("b\na\n")
+        rows = ["1,0", "0,1", "1,-1", ",1", *["0,1"] * 8]
+        words = (
+            "--label-type",
+            "multi_label",
+            "--columns",
+            "path=path,label=a,label=b",
+            "--class-names",
+            self.folder / "names.txt",
+        )
+        self.prepare("path,a,b", rows, *words)
+        self.assertEqual((self.folder / "out" / "class_names.txt").read_text().split(), ["b", "a"])
+        labels = np.load(self.folder / "out" / "train_labels.npy")
+        self.assertEqual(labels[:4].tolist(), [[0, 1], [1, 0], [-1, 1], [1, -1]])
+
+    def test_a_single_column_of_yes_and_no_is_a_class(self) -> None:
+        self.prepare(
+            "path,jump",
+            ["1", "0", "-1", *["1"] * 9],
+            "--label-type",
+            "multi_label",
+            "--columns",
+            "path=path,label=jump",
+        )
+        self.assertEqual((self.folder / "out" / "class_names.txt").read_text().split(), ["jump"])
+        self.assertEqual(np.load(self.folder / "out" / "train_labels.npy")[:3].tolist(), [[1], [0], [-1]])
+
+    def test_fields_and_classes_may_be_separated_alike(self) -> None:
+        rows = ['"playing guitar,singing"', "singing", *['"singing,jumping"'] * 10]
+        self.prepare("path,labels", rows, "--label-type", "multi_label", "--label-separator", ",")
+        names = (self.folder / "out" / "class_names.txt").read_text().splitlines()
+        self.assertEqual(names, ["jumping", "playing guitar", "singing"])
+
     def test_columns_of_yes_and_no(self) -> None:
         rows = ["1,0", "0,1", "1,-1", ",1", "0,0", "yes,no", "1,1", "0,0", "1,0", "0,1", "1,1", "0,0"]
         self.prepare("video,a,b", rows, "--label-type", "multi_label", "--columns", "path=video,label=a,label=b")
@@ -337,7 +389,10 @@ class MultiLabelRun(Run):
         rows = ["a", "b", "a;b", "a", "b", "a", "b", "a;b", "a", "b", "a", "b"]
         common = self.prepare("path,labels", rows, "--label-type", "multi_label")
         for settings, message in (
-            (["trainer/task=classify"], "trainer.task (Classify) must fit datasets.mine.label_type"),
+            (
+                ["trainer/task=classify"],
+                "trainer.task must be MultiLabel for datasets.mine.label_type=multi_label, got Classify",
+            ),
             (["trainer.data.balance=1"], "trainer.data.balance must be 0 for mine"),
             (["++trainer.online_eval.sources=[mine]"], "trainer.online_eval.sources must have one class per video"),
         ):
@@ -356,8 +411,15 @@ class RegressRun(Run):
         words = "--label-type", "regression", "--columns", "path=path,label=share,label=metres"
         common = self.prepare("path,share,metres", rows, *words)
         entry = (self.folder / "site" / "experiments" / "mine.yaml").read_text()
-        self.assertIn("label_mean: [0.55, 140.09]", entry)
+        self.assertIn("label_mean: [0.55, 140.090909]", entry)
+        self.check_dry(common)
         self.check_run(common, "mae")
+        other = stages.command(
+            "ft", self.folder / "other", *common, f"pretrained_checkpoint_path={self.last}", "trainer/checkpoint=load_all",
+            "trainer.mode=val", "++datasets.mine.label_std=[1,2]", dataset="mine",
+        )  # fmt: skip
+        said = " ".join(stages.run_in_process(other).stderr.split())
+        self.assertIn("must standardize the targets as this run does", said)
         found = omnivision.load(self.last).predict(self.folder / "videos" / "0.mp4")
         with open(self.folder / "one" / "predictions" / "mine.csv", newline="") as opened:
             rows = list(csv.DictReader(opened))
@@ -369,7 +431,7 @@ class RegressRun(Run):
         _, said, _ = runs.call_command("predict", self.folder / "one", self.folder / "videos" / "0.mp4", "--json")
         (values,) = json.loads(said).values()
         self.assertEqual(values[1]["name"], "metres")
-        with self.assertRaisesRegex(UserError, "standardized numbers"):
+        with self.assertRaisesRegex(UserError, "a regression model"):
             runs.call_command("export", self.last, self.folder / "hf", "--to", "hf")
         runs.call_command("export", self.last, self.folder / "one.safetensors", "--to", "safetensors")
         again = omnivision.load(self.folder / "one.safetensors").predict(self.folder / "videos" / "0.mp4")
@@ -397,7 +459,7 @@ class RegressRun(Run):
     def test_other_numbers_than_the_catalog_says(self) -> None:
         common = self.prepare("path,label", [str(500 + k) for k in range(12)], "--label-type", "regression")
         result = self.run_stage("x", *common, "++datasets.mine.label_mean=null", "epochs=1")
-        self.assertIn("the numbers of target label have mean 505.5", " ".join(result.stderr.split()))
+        self.assertIn("target label has mean 505.5", " ".join(result.stderr.split()))
         words = stages.command("ft", self.folder / "y", *common, "++datasets.mine.label_mean=[1,2]", dataset="mine")
         self.assertIn("must be a number for each of 1 targets", " ".join(stages.run_in_process(words).stderr.split()))
 

@@ -146,7 +146,7 @@ class Figures(unittest.TestCase):
         (found,) = figures.mistakes(predictions, 9, {}).values()
         self.assertEqual([mistake.path for mistake in found], ["d", "a", "b"])
         self.assertEqual(found[0].clip, "")
-        self.assertEqual("".join(text for text, _ in found[0].caption), "x, 5 %, taken for y, 95 %")
+        self.assertEqual(found[0].caption, "<b>x</b>, 5 %, taken for <b>y</b>, 95 %")
         bars = figures.class_accuracy(predictions)
         self.assertLess(bars.index("0 of 1"), bars.index("1 of 3"))
 
@@ -156,8 +156,10 @@ class Figures(unittest.TestCase):
         names = ["<b>", "y"]
         predictions = Predictions(np.arange(3), label, scores, [*"abc"], class_names=names, label_type="multi_label")
         missed, invented = figures.mistakes(predictions, 2, {}).values()
-        self.assertEqual([(own.path, own.caption[0][0]) for own in missed], [("a", "<b>"), ("b", "y")])
-        self.assertEqual([(own.path, own.caption[0][0]) for own in invented], [("c", "<b>"), ("c", "y")])
+        self.assertEqual(
+            [(own.path, own.caption) for own in missed], [("a", "<b>&lt;b&gt;</b>, 12 %"), ("b", "<b>y</b>, 95 %")]
+        )
+        self.assertEqual([own.caption for own in invented], ["<b>&lt;b&gt;</b>, 73 %", "<b>y</b>, 5 %"])
         self.assertNotIn("<b>", figures.class_precision(predictions))
 
     def test_mistakes_with_numbers(self):
@@ -168,7 +170,7 @@ class Figures(unittest.TestCase):
         predictions = Predictions(np.arange(3), label, values, [*"abc"], class_names=names, label_type="regression")
         (found,) = figures.mistakes(predictions, 3, {}).values()
         self.assertEqual([own.path for own in found], ["c", "b", "a"])
-        self.assertEqual("".join(text for text, _ in found[1].caption), "mm 2000, predicted 2900")
+        self.assertEqual(found[1].caption, "mm <b>2000</b>, predicted 2900")
         self.assertNotIn("<b>", figures.values(predictions) + figures.errors(predictions))
 
     def test_curves(self):

@@ -21,17 +21,17 @@ from tests import tiny_models as tiny
 class Segments(unittest.TestCase):
     def test_equal_neighbors_are_merged(self) -> None:
         likeliest = [0, 0, 2, 2, 2, 0]
-        scores = np.full((6, 3), -9, np.float32)
-        scores[np.arange(6), likeliest] = 9
+        probabilities = np.zeros((6, 3), np.float32)
+        probabilities[np.arange(6), likeliest] = 1
         times = np.array([(k, k + 2.0) for k in range(6)])
-        found = Timeline(times, scores, 7.0, ["a", "b", "c"]).segments()
+        found = Timeline(times, probabilities, 7.0, ["a", "b", "c"]).segments()
         self.assertEqual(
             [(own.start, own.end, own.name) for own in found], [(0, 2.5, "a"), (2.5, 5.5, "c"), (5.5, 7, "a")]
         )
         self.assertAlmostEqual(found[0].probability, 1, places=5)
 
     def test_one_window(self) -> None:
-        (found,) = Timeline(np.array([(0.0, 1.0)]), np.zeros((1, 2), np.float32), 1.0, ["a", "b"]).segments()
+        (found,) = Timeline(np.array([(0.0, 1.0)]), np.full((1, 2), 0.5, np.float32), 1.0, ["a", "b"]).segments()
         self.assertEqual((found.start, found.end, found.probability), (0, 1, 0.5))
 
 
@@ -56,7 +56,8 @@ class Command(tiny.WeightsCase):
         self.assertGreater(len(found.times), video_model.WINDOWS)
         for window in (0, 17, -1):
             views = model.views(self.video, 1, 1, start=found.times[window, 0])
-            np.testing.assert_allclose(found.scores[window], model.model(views).detach()[0], rtol=1e-4, atol=1e-5)
+            expected = model.model(views).detach()[0].softmax(0)
+            np.testing.assert_allclose(found.outputs[window], expected, rtol=1e-4, atol=1e-5)
 
     def test_files(self) -> None:
         out = self.folder / "out"

@@ -71,7 +71,8 @@ def write_demo_data(
     try:
         complete = _claim(folder, settings)
         missing = [spec for spec in specs if not (folder / spec.domain / spec.path).is_file()]
-        if missing or not complete:
+        tables = [folder / domain / f"{split}.csv" for domain, split in splits]
+        if missing or not (complete and all(map(_is_current, tables))):
             _write_stamp(folder, settings, complete=False)
             for leftover in [*folder.rglob(".*.part"), *folder.rglob(".*.tmp")]:  # left by a killed command
                 leftover.unlink(missing_ok=True)
@@ -107,6 +108,12 @@ def _claim(folder: Path, settings: dict[str, object]) -> bool:
             "same settings, or delete the folder."
         )
     return bool(previous["complete"])
+
+
+def _is_current(table: Path) -> bool:
+    """Return whether a table has all columns; those of earlier versions have fewer."""
+    with open(table, encoding="utf-8") as opened:
+        return opened.readline().rstrip("\n") == ",".join(_COLUMNS)
 
 
 def _write_stamp(folder: Path, settings: dict[str, object], complete: bool) -> None:

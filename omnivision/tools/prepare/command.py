@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from omnivision.config.schema import LabelType
 from omnivision.data.catalog import read_class_names
-from omnivision.data.groups import group_videos, hold_out, pattern_grouping, strata, video_key
+from omnivision.data.groups import group_videos, hold_out, pattern_grouping, video_key
 from omnivision.tools.arguments import (
     DEFAULT_FPS,
     File,
@@ -57,10 +57,10 @@ class SourceSettings:
             as train=a,train=b,val=c; none: no folder or value is a split (default: by their names).
         columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: which columns of lists to use, by name or number;
             others are ignored (default: by their names). start and end are seconds.
-        label_type: What a sample has: one class; several (a column with a list of names, or for each class a column of 1 and 0,
-            -1 or nothing if unknown); or numbers (a column for each target). Several columns are
+        label_type: Type of the labels: class; multi_label (a column of lists of classes, or for each class a column of 1 and 0;
+            -1 or nothing: unknown); regression (a column for each target). Several columns are
             --columns path=NAME,label=NAME,label=NAME.
-        label_separator: What separates the classes of a list.
+        label_separator: Separator between the classes of a list.
         fold: Which of the splits of UCF101 or HMDB51.
         class_names: Class names in the order of labels, one per line.
         prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the list).
@@ -199,10 +199,13 @@ def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
     """Return the samples of a source, with numbered classes and paths relative to the root."""
     names = read_class_names(source_settings.class_names, "--class-names") if source_settings.class_names else []
     index = _read_source(Path(source), source_settings)
-    if source_settings.label_type == "class":
+    label_type, separator = source_settings.label_type, source_settings.label_separator
+    if label_type == "class":
         index = indexing.number_classes(index, names)
+    elif indexing.has_label_columns(index, label_type):
+        index = indexing.parse_label_columns(index, label_type, names)
     else:
-        index = indexing.number_targets(index, source_settings.label_type, names, source_settings.label_separator)
+        index = indexing.parse_label_lists(index, names, separator)
     index = locate_videos(
         index, source_settings.prefix, not source_settings.no_check_files, source_settings.skip_missing
     )
@@ -214,7 +217,7 @@ def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
     groups = [video_key(record.path) for record in train]
     if source_settings.group_pattern is not None:
         groups = group_videos([record.path for record in train], pattern_grouping(source_settings.group_pattern))
-    held = hold_out(groups, strata(indexing.label_array(train, index)), source_settings.hold_out, SEED)
+    held = hold_out(groups, indexing.label_array(train, index), source_settings.hold_out, SEED)
     sides = [
         dataclasses.replace(record, split="val" if is_held else "train")
         for record, is_held in zip(train, held, strict=True)
@@ -240,8 +243,14 @@ def _read_source(source: Path, source_settings: SourceSettings) -> DatasetIndex:
     if kind == "csv":
         root = source if lists else source.parent
         files = lists or {None: str(source)}
-        several = source_settings.label_type, source_settings.label_separator
-        return read_csv_lists(files, str(root), source_settings.columns, splits, *several)
+        return read_csv_lists(
+            files,
+            str(root),
+            source_settings.columns,
+            splits,
+            label_type=source_settings.label_type,
+            separator=source_settings.label_separator,
+        )
     if kind == "folders":
         return read_class_folders(str(source), splits)
     return READERS[kind][1](source, source_settings.fold)
@@ -273,7 +282,7 @@ def _stamp(
     if source_settings.hold_out is not None:
         stamp["held out"] = [source_settings.hold_out, source_settings.group_pattern]
     if source_settings.label_type != "class":
-        stamp["label type"] = source_settings.label_type
+        stamp["label type"] = [source_settings.label_type, source_settings.label_separator]
     return stamp | {
         option: value for option in ("splits", "columns") if (value := getattr(source_settings, option)) is not None
     }
@@ -303,17 +312,17 @@ def _entry(
         "frame_pattern": pattern,
     }
     if index.label_type == "regression":
-        entry |= _scales(index)
+        entry |= compute_scales(index)
     entry |= {split: output.files(out, index, split) for split in index.splits if split != "test"}
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def _scales(index: DatasetIndex) -> dict[str, list[float]]:
-    """Return mean and standard deviation of each target, over the training samples if there are any, with five digits."""
-    labels = indexing.label_array(index.splits.get("train", index.records), index).astype(np.float64)
+def compute_scales(index: DatasetIndex) -> dict[str, list[float]]:
+    """Return mean and standard deviation of each target, over the training samples if there are any, with nine digits."""
+    labels = np.array([record.label for record in index.splits.get("train", index.records)], dtype=np.float64)
     known = [own[np.isfinite(own)] for own in labels.T]
-    means = [float(f"{own.mean() if len(own) else 0:.5g}") for own in known]
-    deviations = [float(f"{own.std() if len(own) else 1:.5g}") or 1.0 for own in known]
+    means = [float(f"{own.mean() if len(own) else 0:.9g}") for own in known]
+    deviations = [float(f"{own.std() if len(own) else 1:.9g}") or 1.0 for own in known]
     return {"label_mean": means, "label_std": deviations}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from omnivision.config.schema import LabelType
-from omnivision.data.catalog import labels_off_by_one, labels_start_at_one
+from omnivision.data.catalog import known_labels, labels_off_by_one, labels_start_at_one
 from omnivision.data.frames import natural_sort_key
 from omnivision.data.groups import video_key
 from omnivision.data.sampling import Segment
@@ -144,49 +144,66 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
     return replace(index, records=[replace(r, label=numbers[r.label]) for r in index.records], classes=classes)
 
 
-def number_targets(
-    index: DatasetIndex, label_type: LabelType, names: Sequence[str] = (), separator: str = ";"
-) -> DatasetIndex:
-    """Return the index with several classes or numbers as labels.
-
-    index: with tuples of texts as labels. Several texts are values of the classes or targets `index.classes`; a single one
-    lists classes, between `separator`s, and rows of the same sample add up. names: as for `number_classes`.
-    Raises UserError for values that are not 1, 0 or -1, or not numbers, and for names of classes as `number_classes` does.
+def has_label_columns(index: DatasetIndex, label_type: LabelType) -> bool:
+    """Return whether each label column is a class or target, and not a list of classes: if there are several, if they hold
+    numbers, or if a single one holds only 1, 0, -1 and nothing.
     """
-    if not index.records:
-        raise UserError(f"{index.root} holds no videos. Change SOURCE.")
-    if index.classes:
-        if names and len(names) != len(index.classes):
-            raise UserError(f"--class-names must name the {len(index.classes)} label columns, got {len(names)} names.")
-        parse = _parse_number if label_type == "regression" else _parse_yes_no
-        problems, records = [], []
-        for record in index.records:
-            values = [parse(text) for text in record.label]
-            wrong = [text for text, value in zip(record.label, values, strict=True) if value is None]
-            problems += [f"{record.where}: {text[:40]}" for text in wrong[:1]]
-            records.append(replace(record, label=tuple(values)))
-        if problems:
-            expected = (
-                "numbers (nothing: unknown)" if label_type == "regression" else "1, 0 or -1 (or nothing: unknown)"
-            )
-            raise listing_error(f"Label columns must hold {expected}", problems, "Fix the list, or set --columns.")
-        _check_names(classes := list(names or index.classes))
-        return replace(index, records=records, classes=classes, label_type=label_type)
-    listed = [
-        [text.strip() for text in str(record.label[0]).split(separator) if text.strip()] for record in index.records
-    ]
-    flat = [replace(record, label=name) for record, found in zip(index.records, listed, strict=True) for name in found]
-    numbered = number_classes(replace(index, records=flat), names)
+    texts = {text for record in index.records for text in record.label}
+    return label_type == "regression" or len(index.classes) > 1 or ({"1"} < texts | {"1"} <= {"1", "0", "-1", ""})
+
+
+def parse_label_columns(index: DatasetIndex, label_type: LabelType, names: Sequence[str]) -> DatasetIndex:
+    """Return the index with a tuple of 1, 0 and -1 (multi_label), or of numbers, as labels.
+
+    index: with a tuple of texts as labels, a text for each of `index.classes`. names: the user's order of the columns, or other
+    names for them in their order.
+    Raises UserError for values that are not 1, 0 or -1, or not numbers, and for names of only some columns.
+    """
+    columns, order = list(index.classes), list(range(len(index.classes)))
+    if set(names) == set(columns):
+        order = [columns.index(name) for name in names]
+    elif names and (len(names) != len(columns) or set(names) & set(columns)):
+        raise listing_error(
+            f"--class-names must name the {len(columns)} label columns, in any order, or rename all of them",
+            [repr(name) for name in names],
+            f"The columns are {truncate_list(columns)}.",
+        )
+    parse = _parse_number if label_type == "regression" else _parse_yes_no
+    problems, records = [], []
+    for record in index.records:
+        values = [parse(text) for text in record.label]
+        wrong = [text for text, value in zip(record.label, values, strict=True) if value is None]
+        problems += [f"{record.where}: {text[:40]}" for text in wrong[:1]]
+        records.append(replace(record, label=tuple(values[k] for k in order)))
+    if problems:
+        expected = "numbers (nothing: unknown)" if label_type == "regression" else "1, 0 or -1 (or nothing: unknown)"
+        raise listing_error(f"Label columns must hold {expected}", problems, "Fix the list, or set --columns.")
+    _check_names(classes := list(names) or columns)
+    return replace(index, records=records, classes=classes, label_type=label_type)
+
+
+def parse_label_lists(index: DatasetIndex, names: Sequence[str], separator: str) -> DatasetIndex:
+    """Return the index with a tuple of 1 and 0 as labels.
+
+    index: with a text of classes between `separator`s as labels, in a tuple; rows of the same sample add up. names: as for
+    `number_classes`. Raises UserError as that does, and if no row names a class.
+    """
+    listed = [[text.strip() for text in record.label[0].split(separator) if text.strip()] for record in index.records]
+    flat = [replace(record, label=name) for record, own in zip(index.records, listed, strict=True) for name in own]
+    if not flat:
+        raise UserError("No row of the lists names a class. Set --columns path=NAME,label=NAME.")
+    numbered = number_classes(replace(index, records=flat, classes=()), names)
     numbers = iter(numbered.records)
     merged: dict[tuple[Any, ...], set[int]] = {}
-    for record, found in zip(index.records, listed, strict=True):
-        merged.setdefault((record.split, record.path, record.segment), set()).update(next(numbers).label for _ in found)
+    for record, own in zip(index.records, listed, strict=True):
+        sample = record.split, record.path, record.segment
+        merged.setdefault(sample, set()).update(next(numbers).label for _ in own)
     records = []
     for record in index.records:
-        own = merged.pop((record.split, record.path, record.segment), None)
-        if own is not None:
-            records.append(replace(record, label=tuple(int(k in own) for k in range(len(numbered.classes)))))
-    return replace(index, records=records, classes=numbered.classes, label_type=label_type)
+        present = merged.pop((record.split, record.path, record.segment), None)
+        if present is not None:  # the first row of a sample
+            records.append(replace(record, label=tuple(int(k in present) for k in range(len(numbered.classes)))))
+    return replace(index, records=records, classes=numbered.classes, label_type="multi_label")
 
 
 def _parse_yes_no(text: str) -> int | None:
@@ -249,12 +266,13 @@ def warn_about_labels(index: DatasetIndex) -> None:
 
 
 def _warn_about_rows(split: str, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Warn about classes without a sample or without a counterexample, and about targets that do not vary."""
-    known = np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0
+    """Warn about classes and targets without a known label, or with the same one in all samples."""
+    known = known_labels(labels)
     constant = [name for name, own, ok in zip(names, labels.T, known.T, strict=True) if len(set(own[ok].tolist())) < 2]
     if constant:
         warn(
-            f"{len(constant)} of {len(names)} have the same value in all samples of {split}: {truncate_list(constant)}."
+            f"{len(constant)} of {len(names)} columns of labels have no value, or a single one, in {split}: "
+            f"{truncate_list(constant)}."
         )
 
 

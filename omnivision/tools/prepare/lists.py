@@ -32,8 +32,8 @@ _PATHS = (  # column names of paths, the best first, then of video names
     "youtube_id yt_id video_id vid clip_id clip_name name id"
 ).split()
 _LABELS = (
-    "label labels class category action activity target class_name label_name action_name "
-    "class_id label_id action_id class_index label_index"
+    "label class category action activity target class_name label_name action_name "
+    "class_id label_id action_id class_index label_index labels"
 ).split()
 # Words in the names of other columns. Names of time columns may also contain _UNITS: "t_start", "Start Time (s)".
 _SPLITS = set("split subset phase partition usage fold set".split())
@@ -63,7 +63,7 @@ class _Table:
         """Return an error about the table's columns."""
         return UserError(
             f"{self.file} {problem}. Its columns are {truncate_list(self.names, 20)}. Set --columns path=NAME,label=NAME "
-            "(with --label-type also several label=NAME) and, if used, split=NAME or start=NAME,end=NAME (seconds), by names "
+            "(repeat label=NAME for several label columns) and, if used, split=NAME or start=NAME,end=NAME (seconds), by names "
             "or numbers (1, 2, ...). Others are then ignored."
         )
 
@@ -96,7 +96,7 @@ def read_csv_lists(
         targets = [table.names[column] for role, column in roles.items() if _is_label(role)]
         if names and names != targets:
             raise table.error(f"has the label columns {truncate_list(targets)}, another list {truncate_list(names)}")
-        names = targets if label_type == "regression" or len(targets) > 1 else []
+        names = targets if label_type != "class" else []
         used = ", ".join(f"{role} from column {table.names[column]}" for role, column in roles.items())
         unused = ", ".join(name for column, name in enumerate(table.names) if column not in roles.values())
         print(f"{file}: {used}{' (seconds)' if 'start' in roles else ''}. Not used: {unused or 'none'}.")
@@ -110,7 +110,7 @@ def _is_label(role: str) -> bool:
 
 
 def _read(file: Path, columns: str | None, separator: str) -> _Table:
-    """Read a table, not delimited by `separator`. Rows are numbered from 1, like lines; empty rows are left out."""
+    """Read a table. Rows are numbered from 1, like lines; empty rows are left out."""
     try:
         if not file.is_file():  # a pipe would block
             raise OSError("no such file")
@@ -135,9 +135,9 @@ def _read(file: Path, columns: str | None, separator: str) -> _Table:
 
 
 def _delimiter(text: str, separator: str) -> str:
-    """Return the first delimiter, other than `separator`, that splits at least half of the rows, else a comma."""
+    """Return the first delimiter, `separator` last, that splits at least half of the rows, else a comma."""
     lines = [line for line in text.splitlines() if line.strip()]
-    for delimiter in [each for each in _DELIMITERS if each != separator]:
+    for delimiter in sorted(_DELIMITERS, key=lambda each: each == separator):  # the separator last
         rows = [next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), []) for line in lines]
         if lines and 2 * sum(len(row) > 1 for row in rows) >= len(lines):
             return delimiter

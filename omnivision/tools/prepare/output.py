@@ -24,8 +24,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from omnivision.config.schema import LabelType
-from omnivision.data.catalog import IGNORED_LABEL, check_array, check_segments, check_values, load_array
+from omnivision.data.catalog import (
+    IGNORED_LABEL,
+    check_array,
+    check_segments,
+    check_values,
+    infer_label_type,
+    load_array,
+)
 from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.index import MAX_CLASSES, DatasetIndex, label_array, printable
 from omnivision.utils.errors import UserError
@@ -40,8 +46,8 @@ def read_arrays(
 ) -> tuple[list[str], np.ndarray | None, list[Segment] | None]:
     """Return the paths, labels and segments (start, end in seconds) of a split; None for arrays not given.
 
-    Labels are int64 (N,), or as they are if they are a row for each sample (see `label_type_of`). Raises UserError for arrays
-    that do not hold what the catalog's `ARRAYS` says, and for labels that are not class numbers.
+    Labels are int64 (N,), or as they are if they are a row for each sample. Raises UserError for arrays that do not hold what
+    the catalog's `ARRAYS` says, and for labels that are not class numbers.
     """
     arrays = {}
     for what, file, argument in (
@@ -54,11 +60,11 @@ def read_arrays(
                 problem = "is a folder" if os.path.isdir(file) else "no such file"
                 raise UserError(f"{file}: {problem}. Expected a .npy file; give another {argument}.")
             arrays[what] = load_array(file, argument)
-            content = label_type_of(arrays[what]) if what == "labels" else what
+            content = infer_label_type(arrays[what]) if what == "labels" else what
             check_array(content, arrays[what], file, argument, arrays["paths"].size)
     labels, segments = arrays.get("labels"), arrays.get("segments")
     if labels is not None and labels.ndim > 1:
-        check_values(labels, str(labels_file), label_type_of(labels), "LABELS")
+        check_values(labels, str(labels_file), infer_label_type(labels), "LABELS")
     elif labels is not None and not IGNORED_LABEL <= labels.min() <= labels.max() < MAX_CLASSES:
         raise UserError(
             f"{labels_file} holds labels from {labels.min()} to {labels.max()}; expected {IGNORED_LABEL} (ignored) to "
@@ -71,13 +77,6 @@ def read_arrays(
         None if labels is None else labels.astype(np.int64) if labels.ndim == 1 else np.array(labels),
         None if segments is None else [(float(start), float(end)) for start, end in segments],
     )
-
-
-def label_type_of(labels: np.ndarray) -> LabelType:
-    """Return what an array of labels is: by its shape and dtype."""
-    if labels.ndim < 2:
-        return "class"
-    return "regression" if labels.dtype.kind == "f" else "multi_label"
 
 
 def write_split(

@@ -158,11 +158,14 @@ def to_html(figure: graph.Figure) -> Markup:
 
 
 class Mistake(NamedTuple):
-    """A video with what is wrong about it, in parts that are strong or not, and its clip as a data URL ("" if unreadable)."""
+    """A video, what is wrong about it, and its clip as a data URL ("" if unreadable)."""
 
     path: str
-    caption: list[tuple[str, bool]]
+    caption: Markup
     clip: str
+
+
+Captions = dict[str, list[tuple[int, Markup]]]  # heading -> videos and their captions
 
 
 def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> dict[str, list[Mistake]]:
@@ -173,7 +176,7 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
     prefix = resolve_prefix(entry.get("prefix") or "")
     fps = entry["fps"] if isinstance(entry.get("fps"), (int, float)) else 25.0  # it may be a reference to a setting
 
-    def describe(video: int, caption: list[tuple[str, bool]]) -> Mistake:
+    def describe(video: int, caption: Markup) -> Mistake:
         path, times = predictions.paths[video], ""
         segment = None if predictions.segments is None else tuple(predictions.segments[video].tolist())
         if segment is not None:
@@ -186,50 +189,9 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
     return {heading: [describe(*mistake) for mistake in videos] for heading, videos in lists.items() if videos}
 
 
-Found = dict[str, list[tuple[int, list[tuple[str, bool]]]]]  # heading -> video and caption
-
-
-def _wrong_labels(predictions: Predictions, count: int) -> Found:
-    """Return the least probable of the true classes, and the most probable of the others."""
-    probs, names = predictions.probabilities, predictions.class_names
-    missed = np.where(predictions.label == 1, probs, np.nan)
-    invented = np.where(predictions.label == 0, probs, np.nan)
-
-    def lists(values: np.ndarray, best: np.ndarray) -> list[tuple[int, list[tuple[str, bool]]]]:
-        chosen = [k for k in np.argsort(best.ravel(), kind="stable") if np.isfinite(values.ravel()[k])][:count]
-        return [
-            (video, [(names[k], True), (f", {100 * probs[video, k]:.0f} %", False)])
-            for video, k in (divmod(int(place), len(names)) for place in chosen)
-        ]
-
-    missed_list = lists(missed, missed)
-    return {"True, and least probable": missed_list, "Not true, and most probable": lists(invented, -invented)}
-
-
-def _wrong_values(predictions: Predictions, count: int) -> Found:
-    """Return the largest errors, in standard deviations of the labels."""
-    known = np.isfinite(predictions.label)
-    spread = np.array(
-        [
-            max(float(np.std(own[ok])), 1e-12) if ok.any() else 1.0
-            for own, ok in zip(predictions.label.T, known.T, strict=True)
-        ]
-    )
-    error = np.where(known, np.abs(predictions.scores - predictions.label) / spread, 0).max(1)
-    which = np.where(known, np.abs(predictions.scores - predictions.label) / spread, 0).argmax(1)
-    found = []
-    for video in np.argsort(-error, kind="stable")[:count].tolist():
-        k = int(which[video])
-        value, label = predictions.scores[video, k], predictions.label[video, k]
-        found.append(
-            (video, [(predictions.class_names[k], False), (f" {label:.4g}", True), (f", predicted {value:.4g}", False)])
-        )
-    return {"The largest errors": found}
-
-
-def _wrong_classes(predictions: Predictions, count: int) -> Found:
+def _wrong_classes(predictions: Predictions, count: int) -> Captions:
     """Return the most confident mistakes and the worst; one list if both have the same videos."""
-    probs, label = predictions.probabilities, predictions.label
+    probs, label, names = predictions.probabilities, predictions.label, predictions.class_names
     predicted, confidence = probs.argmax(1), probs.max(1)
     of_label = np.take_along_axis(probs, np.maximum(label, 0)[:, None], 1)[:, 0]
     wrong = np.flatnonzero((label >= 0) & (predicted != label))
@@ -241,13 +203,41 @@ def _wrong_classes(predictions: Predictions, count: int) -> Found:
     }
     if set(most_confident) == set(worst):
         lists = {"The mistakes, the most confident first": most_confident}
-    names = predictions.class_names
+    text = Markup("<b>{}</b>, {:.0f} %, taken for <b>{}</b>, {:.0f} %")
 
-    def caption(video: int) -> list[tuple[str, bool]]:
-        true = (names[label[video]], True), (f", {100 * of_label[video]:.0f} %, taken for ", False)
-        return [*true, (names[predicted[video]], True), (f", {100 * confidence[video]:.0f} %", False)]
+    def caption(video: int) -> Markup:
+        return text.format(names[label[video]], 100 * of_label[video], names[predicted[video]], 100 * confidence[video])
 
     return {heading: [(int(video), caption(video)) for video in videos] for heading, videos in lists.items()}
+
+
+def _wrong_labels(predictions: Predictions, count: int) -> Captions:
+    """Return the true classes with the lowest probability, and the false ones with the highest."""
+    probs, names = predictions.probabilities, predictions.class_names
+
+    def lowest(order: np.ndarray) -> list[tuple[int, Markup]]:
+        chosen = [place for place in np.argsort(order.ravel(), kind="stable") if np.isfinite(order.ravel()[place])]
+        places = [divmod(int(place), len(names)) for place in chosen[:count]]
+        return [(video, Markup("<b>{}</b>, {:.0f} %").format(names[k], 100 * probs[video, k])) for video, k in places]
+
+    return {
+        "True classes with the lowest probability": lowest(np.where(predictions.label == 1, probs, np.nan)),
+        "False classes with the highest probability": lowest(np.where(predictions.label == 0, -probs, np.nan)),
+    }
+
+
+def _wrong_values(predictions: Predictions, count: int) -> Captions:
+    """Return the videos with the largest errors, in standard deviations of the labels."""
+    label, values, names = predictions.label, predictions.scores, predictions.class_names
+    known = np.isfinite(label)
+    deviations = [float(own[ok].std()) if ok.any() else 0.0 for own, ok in zip(label.T, known.T, strict=True)]
+    errors = np.where(known, np.abs(values - label) / np.maximum(deviations, 1e-12), -1)
+    text, captions = Markup("{} <b>{:.4g}</b>, predicted {:.4g}"), []
+    for video in np.argsort(-errors.max(1), kind="stable")[:count].tolist():
+        k = int(errors[video].argmax())
+        if known[video, k]:
+            captions.append((video, text.format(names[k], label[video, k], values[video, k])))
+    return {"The largest errors": captions}
 
 
 def read_middle(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> Tensor | None:

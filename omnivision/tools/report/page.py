@@ -19,7 +19,7 @@ from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.metrics import PREDICTION_METRICS, expected_precisions, prediction_metrics
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, Xray, find_differing_settings, paper_table, probe_tables
-from omnivision.tools.runs import TEXTS, describe_run, end_reason, filled_columns
+from omnivision.tools.runs import TEXTS, describe_run, end_reason, select_columns
 
 MISTAKES = 8  # clips shown for each kind of mistake
 MAX_CLASSES = 500  # browsers cannot draw larger confusion matrices
@@ -32,7 +32,11 @@ CURVES = (
     ("Loss, validation", "loss", ("epoch", "val", "loss")),
     ("Top-1, validation", "top-1, %", ("epoch", "val", "top1")),
     *(
-        (f"{words[0].upper()}{words[1:].removesuffix(', %')}, validation", words, ("epoch", "val", name))
+        (
+            f"{words[:1].upper() if words != 'mAP, %' else 'm'}{words[1:].removesuffix(', %')}, validation",
+            words,
+            ("epoch", "val", name),
+        )
         for metrics in PREDICTION_METRICS.values()
         for name, words in metrics.items()
     ),
@@ -97,7 +101,7 @@ def _overview(runs: Sequence[Run]) -> list[dict[str, str]]:
         ):
             if cells[heading] and epoch is not None:
                 cells[heading] += f"\nepoch {epoch}"
-    columns = [column for column in filled_columns(rows) if column != "age"]
+    columns = [column for column in select_columns(rows) if column != "age"]
     return [{column: cells[column] for column in columns} for cells in rows]
 
 
