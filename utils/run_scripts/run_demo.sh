@@ -23,31 +23,62 @@ stage() {
         "pretrained_checkpoint_path=$start" "launcher.experiment_log_dir=$DEMO/$name" "$@"
 }
 
+# A run keeps one core busy, so runs that do not need one another go side by side.
+# beside NAME COMMAND...: start a command whose output is shown later, by `finish`.
+beside() {
+    log=$DEMO/$1.log names="$names $1"
+    shift
+    "$@" > "$log" 2>&1 &
+    running="$running $!"
+}
+names='' running=''
+
+# finish: wait for these commands and show what they said. Fails if one of them failed.
+finish() {
+    failed=0
+    for process in $running; do wait "$process" || failed=$?; done
+    running=''
+    for name in $names; do cat "$DEMO/$name.log"; done
+    names=''
+    return $failed
+}
+
+# Processes in the background do not see Ctrl-C. On SIGTERM a run saves and stops.
+stop() { for process in $running; do kill $(pgrep -P "$process") "$process" 2>/dev/null || :; done; }
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:---synthetic $((125 * (MINUTES - 2)))}
 
+beside scratch stage scratch finetune mae_ft_demo_config null \
+    "fine-tune a random trunk on the target, which stands for real people" "$@"
 stage mae mae mae_demo_config null \
     "pretrain a masked autoencoder on videos without real people, without labels" "$@"
+finish
+
+beside align_nohuman stage align_nohuman align mae_ft_demo_nohuman_config "$DEMO/mae" \
+    "align another copy with the labels of scenes without a person" epochs=10 "$@"
+beside finetune_mae stage finetune_mae finetune mae_ft_demo_config "$DEMO/mae" \
+    "fine-tune the masked autoencoder's trunk" "$@"
 stage align_synthetic align mae_ft_demo_synthetic_config "$DEMO/mae" \
     "align its trunk with the labels of drawn figures" "$@"
-stage align_nohuman align mae_ft_demo_nohuman_config "$DEMO/mae" \
-    "align another copy with the labels of scenes without a person" epochs=10 "$@"
+finish
 
-stage scratch finetune mae_ft_demo_config null \
-    "fine-tune a random trunk on the target, which stands for real people" "$@"
-stage finetune_mae finetune mae_ft_demo_config "$DEMO/mae" \
-    "fine-tune the masked autoencoder's trunk" "$@"
+beside probe stage probe probe mae_ft_demo_config "$DEMO/align_synthetic" \
+    "train a linear head on the frozen aligned trunk" "$@"
+beside average stage average average mae_ft_demo_config "[$DEMO/align_synthetic,$DEMO/align_nohuman]" \
+    "train a linear head on a learned average of both aligned trunks" "$@"
 stage finetune finetune mae_ft_demo_config "$DEMO/align_synthetic" \
     "fine-tune the aligned trunk" "$@"
-stage probe probe mae_ft_demo_config "$DEMO/align_synthetic" \
-    "train a linear head on the frozen aligned trunk" "$@"
-stage average average mae_ft_demo_config "[$DEMO/align_synthetic,$DEMO/align_nohuman]" \
-    "train a linear head on a learned average of both aligned trunks" "$@"
+finish
 
 printf '\n== What are the frozen trunks worth on the target, and what do the models look at?\n'
-omnivision probe "$DEMO/mae" random "$DEMO/align_synthetic" "$DEMO/align_nohuman" --data target --crops 1 --workers 1
 for run in align_synthetic align_nohuman finetune; do
-    omnivision xray "$DEMO/$run" --clips 1 --crops 1 --workers 1
+    beside "xray_$run" omnivision xray "$DEMO/$run" --clips 1 --crops 1 --workers 1
 done
+omnivision probe "$DEMO/mae" random "$DEMO/align_synthetic" "$DEMO/align_nohuman" --data target --crops 1 --workers 1
+finish
 
 echo
 omnivision runs --top1 "$DEMO"
