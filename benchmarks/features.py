@@ -49,7 +49,7 @@ def features(quick: bool) -> Report:
     with tempfile.TemporaryDirectory() as name:
         paths = videos.make(Path(name), 340, 256, seconds=10, copies=count)
         split = videos.split(Path(name), "videos", paths, "val", 101)
-        for size, image in (("vittiny", 64), ("vitsmall", 64 if quick else 224)):
+        for size, image in (("vittiny", 64), ("vitsmall", 64 if quick else 112)):
             torch.manual_seed(0)
             trunk = VisionTransformer(*SIZES[size][0], image_size=image).eval()
             embed = Embedder(trunk, torch.device("cpu"), FeatureConfig(clip_duration=loaders.SECONDS))
