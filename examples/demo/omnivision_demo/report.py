@@ -182,7 +182,7 @@ def draw_chart(results: Mapping[str, Result]) -> Markup:
     )  # fmt: skip
     figure = graph.Figure(bars)
     line = {"dash": "dot", "color": "#999999"}
-    figure.add_vline(100 / len(ACTIONS), line=line, annotation_text="chance", annotation_position="bottom right")
+    figure.add_vline(100 / len(ACTIONS), line=line, annotation_text="chance", annotation_position="top")
     figure.update_layout(xaxis_title="top-1 on the target, %", height=320, showlegend=False)
     figure.update_xaxes(range=[0, 100])
     figure.update_yaxes(showgrid=False, ticksuffix=" ")
