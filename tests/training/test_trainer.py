@@ -54,6 +54,8 @@ Weights = dict[str, torch.Tensor]
 class FakeSplit(list):
     """The samples of a split, with the attributes that a trainer reads."""
 
+    label_type = "class"
+
     name, dataset = "noise", Dataset(name="noise", num_classes=2)
 
 
