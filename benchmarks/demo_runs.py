@@ -1,10 +1,11 @@
 """The demo with several seeds, its trunks on other videos (docs/demo.md), or other decoders in stage 1 (docs/performance.md).
 
     python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 6 minutes each on two cores
+    python -m benchmarks.demo_runs stage1 FOLDER [SEED ...]        after `seeds`, with more videos in stage 1: an hour
     python -m benchmarks.demo_runs mocap FOLDER [SEED ...]         after `seeds`, on videos of mocap_videos: 6 minutes each
     python -m benchmarks.demo_runs decoders FOLDER [SEED ...]      about 20 minutes each
 
-All runs see the same videos; initialization, order of samples, crops and masks differ. The first two write
+All runs see the same videos; initialization, order of samples, crops and masks differ. The first three write
 docs/demo_results.json, from which `python docs/generate.py` makes tables.
 """
 
@@ -23,7 +24,10 @@ from benchmarks.gpu.recipe import DOMAINS, STAGES
 from benchmarks.steps import DECODERS
 from omnivision.utils.io import write_atomically, write_json
 from omnivision_demo import report
+from omnivision_demo.spec import ACTIONS
 from tests.runs import ROOT, read_summary
+
+RESULTS = ROOT / "docs" / "demo_results.json"
 
 
 def seeds(folder: Path, numbers: list[int]) -> None:
@@ -60,6 +64,27 @@ def mocap(folder: Path, numbers: list[int]) -> None:
     save_results("mocap", report.collect_results([folder / "mocap_runs" / f"seed_{seed}" for seed in numbers]))
 
 
+def stage1(folder: Path, numbers: list[int]) -> None:
+    """Pretrain on as many videos as `make demo MINUTES=...` has, one seed each; fine-tune with each seed on the target."""
+    saved = json.loads(RESULTS.read_text(encoding="utf-8"))["demo"]
+    random, first = (next(row for row in saved if row["name"] == name) for name in ("scratch", "finetune_mae"))
+    results = [report.Result(**random), report.Result(**first | {"starts_from": "mae, 3,000 videos"})]
+    for minutes in (15, 30, 60):
+        each = 125 * (minutes - 2)  # as in run_demo.sh
+        runs = folder / f"minutes_{minutes}"
+        demo_data(runs / "data", "--synthetic", str(each))
+        if not (runs / "mae" / "summary.json").exists():
+            run_stage(runs / "data", runs / "mae", "mae", "mae_demo_config", "null")
+        top1 = []
+        for seed in numbers:
+            run, same = runs / f"finetune_{seed}", f"trainer.seed_value={seed}"
+            summary = run_stage(runs / "data", run, "finetune", "mae_ft_demo_config", runs / "mae", same)
+            top1.append(summary["last"]["val_top1"])
+        count = each * len(ACTIONS)
+        results.append(results[-1]._replace(starts_from=f"mae, {count:,} videos", top1=top1))
+        save_results("stage1", results)
+
+
 def save_results(name: str, results: list[report.Result]) -> None:
     """Print a table and write the results to docs/demo_results.json."""
     print(f"\n{report.format_table(results)}")
@@ -68,9 +93,8 @@ def save_results(name: str, results: list[report.Result]) -> None:
 
 def save_tables(tables: Mapping[str, Any]) -> None:
     """Add or replace tables in docs/demo_results.json."""
-    file = ROOT / "docs" / "demo_results.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_json(file, known | tables)
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    write_json(RESULTS, known | tables)
 
 
 def run_stage(
@@ -107,8 +131,10 @@ def decoders(folder: Path, numbers: list[int]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("seeds", "mocap", "decoders"))
+    parser.add_argument("what", choices=("seeds", "stage1", "mocap", "decoders"))
     parser.add_argument("folder", type=Path, help="of the videos and the runs")
     parser.add_argument("seeds", type=int, nargs="*", default=[1, 2, 3], help="%(default)s by default")
     options = parser.parse_args()
-    {"seeds": seeds, "mocap": mocap, "decoders": decoders}[options.what](options.folder.absolute(), options.seeds)
+    {"seeds": seeds, "stage1": stage1, "mocap": mocap, "decoders": decoders}[options.what](
+        options.folder.absolute(), options.seeds
+    )
