@@ -147,6 +147,10 @@ class Submitted(OnCluster):
             *command("on_slurm", "launcher.num_nodes=2", "launcher.gpus_per_node=2", "batch_size=8"), *SUBMITTED
         )
         self.assertEqual((again.returncode, again.stdout), (0, f"finished folder={run}\n"), again.stderr)
+        words = "watch", str(run), "--data", "synthetic", "--limit", "12", "--workers", "0"
+        self.batch("watched", shlex.join([str(Path(sys.executable).parent / "omnivision"), *words]))
+        (line,) = (run / "logs" / "watch.jsonl").read_text().splitlines()
+        self.assertIn("synthetic_knn", json.loads(line))
 
     def batch(self, name: str, command: str, *options: str) -> None:
         """Run a command as a job, without the leftovers of `shell`, which srun would take."""
