@@ -1,7 +1,7 @@
 """The demo with several seeds, its trunks on other videos (docs/demo.md), or other decoders in stage 1 (docs/performance.md).
 
     python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 6 minutes each on two cores
-    python -m benchmarks.demo_runs stage1 FOLDER [SEED ...]        after `seeds`, with more videos in stage 1: an hour
+    python -m benchmarks.demo_runs stage1 FOLDER [SEED ...]        after `seeds`, with more videos in stage 1: 25 minutes
     python -m benchmarks.demo_runs mocap FOLDER [SEED ...]         after `seeds`, on videos of mocap_videos: 6 minutes each
     python -m benchmarks.demo_runs decoders FOLDER [SEED ...]      about 20 minutes each
 
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkouts import KEEP_FREED_MEMORY
 from benchmarks.commands import SCRIPT, demo_data
 from benchmarks.gpu.recipe import DOMAINS, STAGES
 from benchmarks.steps import DECODERS
@@ -65,20 +66,26 @@ def mocap(folder: Path, numbers: list[int]) -> None:
 
 
 def stage1(folder: Path, numbers: list[int]) -> None:
-    """Pretrain on as many videos as `make demo MINUTES=...` has, one seed each; fine-tune with each seed on the target."""
+    """Pretrain on as many videos as `make demo MINUTES=...` has, one seed each; fine-tune with each seed on the target.
+
+    The starter weights are the autoencoder of 60 minutes.
+    """
     saved = json.loads(RESULTS.read_text(encoding="utf-8"))["demo"]
     random, first = (next(row for row in saved if row["name"] == name) for name in ("scratch", "finetune_mae"))
     results = [report.Result(**random), report.Result(**first | {"starts_from": "mae, 3,000 videos"})]
     for minutes in (15, 30, 60):
         each = 125 * (minutes - 2)  # as in run_demo.sh
         runs = folder / f"minutes_{minutes}"
-        demo_data(runs / "data", "--synthetic", str(each))
-        if not (runs / "mae" / "summary.json").exists():
-            run_stage(runs / "data", runs / "mae", "mae", "mae_demo_config", "null")
+        if minutes < 60:
+            data, trunk = runs / "data", runs / "mae"
+            demo_data(data, "--synthetic", str(each))
+            run_stage(data, trunk, "mae", "mae_demo_config", "null")
+        else:
+            trunk = ROOT / "examples" / "starter" / "autoencoder.safetensors"
         top1 = []
         for seed in numbers:
             run, same = runs / f"finetune_{seed}", f"trainer.seed_value={seed}"
-            summary = run_stage(runs / "data", run, "finetune", "mae_ft_demo_config", runs / "mae", same)
+            summary = run_stage(data, run, "finetune", "mae_ft_demo_config", trunk, same)
             top1.append(summary["last"]["val_top1"])
         count = each * len(ACTIONS)
         results.append(results[-1]._replace(starts_from=f"mae, {count:,} videos", top1=top1))
@@ -103,7 +110,7 @@ def run_stage(
     """Run a stage of the demo as its script does; return the summary."""
     settings = [f"+experiments=demo/{experiment}", f"+trainer={recipe}", f"data_root={data}"]
     settings += [f"pretrained_checkpoint_path={pretrained}", f"launcher.experiment_log_dir={run}", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(SCRIPT), *settings], check=True, stdout=subprocess.DEVNULL, env=environment)
     return read_summary(run)
 

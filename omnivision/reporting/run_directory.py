@@ -24,7 +24,7 @@ HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0  # a lock without a heartbeat for this long is stale
 LAST_LINES = 20
 QUEUED_STATUSES = ("queued", "requeued")  # statuses of a run whose job is in the queue
-SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int}
+SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "evaluation": dict, "epochs": int}
 
 
 class RunDir:

@@ -20,7 +20,7 @@ from omnivision.utils.streams import print_text, wide_console
 
 EXIT_CHANGED, EXIT_WRONG = 3, 4
 OUTCOMES = {
-    0: "All claims that could be checked hold.",
+    0: "Nothing was found to be wrong or changed.",
     EXIT_CHANGED: "Weights or data are no longer those of the run, so some claims cannot be checked.",
     EXIT_WRONG: "Some numbers are wrong.",
 }
@@ -78,7 +78,8 @@ def verify(run: Annotated[Path, Parameter(name="RUN")], /, *, options: VerifyOpt
     console.print(table)
     verdicts = {claim.verdict for claim in claims}
     code = EXIT_WRONG if "wrong" in verdicts else EXIT_CHANGED if "changed" in verdicts else 0
-    print_text(OUTCOMES[code])
+    unchecked = sum(claim.verdict == "unchecked" for claim in claims)
+    print_text(OUTCOMES[code] + (f" {unchecked} could not be checked." if unchecked else ""))
     if options.json is not None:
         write_json(options.json, [claim._asdict() for claim in claims])
     return code

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from omnivision.checkpoint.checkpointer import verify_manifest
-from omnivision.checkpoint.fingerprint import file_digest, parse_fingerprint
+from omnivision.checkpoint.fingerprint import classify_setting_changes, file_digest, parse_fingerprint
 from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights
+from omnivision.config.flat import read_flat_file
 from omnivision.config.schema import Settings
 from omnivision.config.validate import read_run_config
 from omnivision.data.batch import Batch
-from omnivision.data.catalog import resolve_path
+from omnivision.data.catalog import Split, resolve_path
 from omnivision.data.loader import LoaderConfig, load_batches
 from omnivision.data.sampling import Request, keyed_rng
 from omnivision.interop.complete import complete_model
@@ -75,22 +76,25 @@ def verify_run(
     """
     summary = RunDir(folder).read_summary()
     if not summary or not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} must be a run directory; it has no summary.json or config.yaml.")
+        raise UserError(
+            f"{folder} must be a run directory; it has no config.yaml, or no summary.json that can be read."
+        )
     settings = read_run_config(folder / "config.yaml")
     moved = (folder / "checkpoints").is_dir()  # with its checkpoints, perhaps from where the settings say
     run = RunDir(folder, None if moved else settings.trainer.checkpoint.save_dir)
     evaluation = summary.get("evaluation") or {}  # runs of earlier versions lack it
     files = {file.stem: file for file in sorted(run.predictions.glob("*.npz"))}
-    files = {name: file for name, file in files.items() if name in evaluation.get("sources", files)}
+    files = {name: file for name, file in files.items() if name in (evaluation.get("sources") or files)}
     if not files:
         raise UserError(f"{folder} has no predictions to verify. Give a run of a later stage that validates.")
     predictions = {name: _read(file) for name, file in files.items()}
     claims = [*metric_claims(summary, predictions, settings), *log_claims(run, summary)]
     claims += [claim for name, file in files.items() for claim in table_claims(file, predictions[name])]
     claims += weight_claims(run)
-    weights = _evaluated_weights(run, summary)
-    if isinstance(weights, str):
-        return [*claims, Claim("predictions", "", weights, "unchecked")]
+    weights, evaluated = _evaluated_weights(run, summary)
+    claims += evaluated
+    if weights is None:
+        return claims
     claims += data_claims(settings, weights)
     if changed := [claim.what for claim in claims if claim.verdict == "changed"]:
         found = f"not recomputed, because these have changed: {truncate_list(changed)}"
@@ -123,10 +127,11 @@ def metric_claims(
     found = {name: value / max(1, count) for name, value in totals.items()}
     parts = [prediction_metrics(part.label_type, part.label, part.scores) for part in predictions.values()]
     found |= {name: mean_of_finite([own[name] for own in parts]) for name in parts[0]}
+    found["videos"] = sum(len(part.index) for part in predictions.values())
     return [
-        _compare(name, f"{name} of the summary, from the predictions", last[f"val_{name}"], found[name])
-        for name in NUMBERS
-        if name in found and isinstance(last.get(f"val_{name}"), (int, float))
+        _compare(name, f"{name} of the summary, from the predictions", last.get(f"val_{name}"), found[name])
+        for name in (*NUMBERS, "videos")
+        if name in found
     ]
 
 
@@ -156,7 +161,9 @@ def _deviations(part: Predictions, settings: Settings, source: str) -> np.ndarra
     return np.array(known or [1.0] * part.scores.shape[1], dtype=np.float64)
 
 
-def _compare(name: str, what: str, recorded: float, found: float) -> Claim:
+def _compare(name: str, what: str, recorded: Any, found: float) -> Claim:
+    if not isinstance(recorded, (int, float)):
+        return Claim(what, "missing", f"{found:.4f}", "unchecked" if recorded is None else "wrong")
     exact = name in PREDICTION_METRICS["regression"]  # in any unit, and computed in the same way
     holds = math.isclose(recorded, found, rel_tol=1e-5, abs_tol=0 if exact else TOLERANCE)
     holds = holds or (math.isnan(recorded) and math.isnan(found))
@@ -171,8 +178,9 @@ def log_claims(run: RunDir, summary: Mapping[str, Any]) -> list[Claim]:
         return [Claim("the log", "", f"no validation in {file}", "unchecked")]
     last, claims = summary.get("last") or {}, []
     for name in NUMBERS:
-        if isinstance(last.get(f"val_{name}"), (int, float)) and isinstance(lines[-1].get(name), (int, float)):
-            claims.append(_compare(name, f"{name} of the summary, from the log", last[f"val_{name}"], lines[-1][name]))
+        if isinstance(lines[-1].get(name), (int, float)):
+            recorded = last.get(f"val_{name}")
+            claims.append(_compare(name, f"{name} of the summary, from the log", recorded, lines[-1][name]))
     trained = (summary.get("evaluation") or {}).get("mode") != "val"  # such an evaluation replaces its line in the log
     for name in RANKING_METRICS:
         if (
@@ -190,16 +198,28 @@ def table_claims(file: Path, predictions: Predictions) -> list[Claim]:
     table = file.with_suffix(".csv")
     if not table.is_file():
         return [Claim(f"{table.name}", "", "missing", "unchecked")]
-    with open(table, encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened))
+    try:
+        with open(table, encoding="utf-8", newline="") as opened:
+            rows = list(csv.DictReader(opened))
+    except (ValueError, csv.Error) as error:
+        return [Claim(f"{table.name}", "", f"cannot be read: {error}", "wrong")]
     header, cells = make_table(predictions)
-    rounded = [] if predictions.label_type == "regression" else ["correct", *(f"probability_{k}" for k in range(1, 6))]
-    wanted = [place for place, name in enumerate(header) if name not in rounded]
-    expected = [(path, *(str(own[k]) for k in wanted)) for path, own in zip(predictions.paths, cells, strict=True)]
-    given = [(row.get("path"), *(row.get(header[k]) for k in wanted)) for row in rows]
-    differing = sum(one != other for one, other in zip(expected, given, strict=False)) + abs(len(expected) - len(given))
+    expected = [[path, *map(str, own)] for path, own in zip(predictions.paths, cells, strict=True)]
+    given = [[row.get(name) for name in ("path", *header)] for row in rows]
+    rounded = [name.startswith("probability_") for name in ("path", *header)]
+    differing = sum(
+        not all(map(_same_cell, one, other, rounded)) for one, other in zip(expected, given, strict=False)
+    ) + abs(len(expected) - len(given))
     found = f"{differing} rows differ from {file.name}" if differing else f"equal to {file.name}"
     return [Claim(f"{table.name}", f"{len(given)} rows", found, "wrong" if differing else "holds")]
+
+
+def _same_cell(one: str, other: str | None, rounded: bool) -> bool:
+    """Compare two cells of a table; the last digit of a rounded one depends on the machine."""
+    try:
+        return one == other or (rounded and math.isclose(float(one), float(other or "nan"), abs_tol=TOLERANCE))
+    except ValueError:
+        return False
 
 
 def weight_claims(run: RunDir) -> list[Claim]:
@@ -217,9 +237,10 @@ def weight_claims(run: RunDir) -> list[Claim]:
     return claims
 
 
-def _evaluated_weights(run: RunDir, summary: Mapping[str, Any]) -> StateDictFile | str:
-    """Return the weights of the last evaluation, or why there are none."""
+def _evaluated_weights(run: RunDir, summary: Mapping[str, Any]) -> tuple[StateDictFile | None, list[Claim]]:
+    """Return the weights of the last evaluation, if there are any, and what they claim about it."""
     last = summary.get("last") or {}
+    trained = (summary.get("evaluation") or {}).get("mode") != "val"  # checkpoints do not record such an evaluation
     epoch, found = last.get("val_epoch"), []
     for name in (LATEST, BEST):
         path = run.checkpoints / name
@@ -230,11 +251,21 @@ def _evaluated_weights(run: RunDir, summary: Mapping[str, Any]) -> StateDictFile
             continue
         own = weights.metadata.get("last") or {}
         if epoch is not None and own.get("val_epoch") == epoch and weights.metadata.get("epoch") == epoch:
-            if not math.isclose(own.get("val_loss") or 0, last.get("val_loss") or 0, rel_tol=1e-6):
-                return f"{path} was evaluated with another result than the summary's"
-            return weights
+            what = f"loss of the summary, from {name}"
+            claim = _compare("loss", what, last.get("val_loss"), own.get("val_loss") or math.nan)
+            if not trained:
+                return weights, []
+            if claim.verdict == "wrong" and _other_settings(run, weights):
+                claim = claim._replace(found=f"{claim.found}, of a run with other settings", verdict="changed")
+            return weights, [claim]
         found.append(f"{name} is of epoch {weights.metadata.get('epoch')}")
-    return f"no checkpoint has the weights of the last evaluation (epoch {epoch}): {'; '.join(found)}"
+    text = f"no checkpoint has the weights of the last evaluation (epoch {epoch}): {'; '.join(found)}"
+    return None, [Claim("predictions", "", text, "unchecked")]
+
+
+def _other_settings(run: RunDir, weights: StateDictFile) -> bool:
+    saved, current = parse_fingerprint(weights.metadata.get("experiment")), read_flat_file(run.path / "config.yaml")
+    return saved is not None and current is not None and bool(classify_setting_changes(saved["settings"], current)[0])
 
 
 def data_claims(settings: Settings, weights: StateDictFile) -> list[Claim]:
@@ -286,11 +317,18 @@ def prediction_claims(
         if recorded is None or sample == 0:
             claims.append(Claim(f"predictions of {split.name}", "", "none recomputed", "unchecked"))
             continue
+        if misplaced := count_misplaced(split, recorded):
+            what = f"paths and labels of {split.name}"
+            claims.append(Claim(what, f"{len(recorded.index)} videos", f"{misplaced} are not the data's", "wrong"))
+            continue
+        rng = keyed_rng(0, number)
         positions = np.arange(len(recorded.index))
+        absent = np.setdiff1d(np.arange(len(split)), recorded.index)  # unreadable, or not in a limited evaluation
+        if settings.trainer.limit_val_batches is not None:
+            absent = absent[:0]
         if sample is not None:
-            positions = np.sort(keyed_rng(0, number).permutation(positions)[:sample])
-        chosen = recorded.index[positions].tolist()
-        requests = [[Request(number, int(index), 0)] for index in chosen]
+            positions, absent = np.sort(rng.permutation(positions)[:sample]), rng.permutation(absent)[:sample]
+        requests = [[Request(number, int(index), 0)] for index in (*recorded.index[positions], *absent)]
         batches = load_batches(dataset, iter(requests), LoaderConfig(workers))
         found: dict[int, np.ndarray] = {}
         for batch in track(batches, len(requests)):
@@ -298,11 +336,25 @@ def prediction_claims(
                 with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
                     scores = task.evaluation_step(model, batch.to(device)).scores
                 found[int(batch.index[0])] = scores.float().cpu().numpy()[0]
+        if readable := sum(index in found for index in absent.tolist()):
+            what, text = f"videos without a prediction in {split.name}", f"{readable} of {len(absent)} can be read"
+            claims.append(Claim(what, "unreadable", text, "wrong"))
         claims += _compare_predictions(
             split.name, recorded, positions, found, exact and dtype is None, files[split.name],
             _deviations(recorded, settings, split.name),
         )  # fmt: skip
     return claims
+
+
+def count_misplaced(split: Split, recorded: Predictions) -> int:
+    """Count rows that are not in the split, twice there, or have another path or label there."""
+    index = recorded.index.tolist()
+    right = {
+        i
+        for i, path, label in zip(index, recorded.paths, recorded.label, strict=True)
+        if 0 <= i < len(split) and split.path(i) == path and np.array_equal(split.label(i), label, equal_nan=True)
+    }
+    return len(index) - len(right)
 
 
 def _compare_predictions(

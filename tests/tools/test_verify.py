@@ -1,5 +1,6 @@
 """`omnivision verify`: an untouched run holds; altered numbers are wrong; altered weights and data are told apart from them."""
 
+import csv
 import json
 import os
 import shutil
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.reporting.predictions import read_predictions, write_predictions
+from omnivision.config.validate import read_run_config
+from omnivision.reporting.predictions import Predictions, read_predictions, write_predictions
 from omnivision.tools.main import main
 from omnivision.tools.verify import EXIT_CHANGED, EXIT_WRONG
+from omnivision.training.verify import metric_claims
 from tests import stage_runs as stages
 
 
@@ -40,6 +43,75 @@ def alter_scores(run: Path, data: Path) -> None:
 def alter_table(run: Path, data: Path) -> None:
     file = run / "predictions" / "ucf101.csv"
     file.write_text(file.read_text().replace("1.mp4", "7.mp4", 1))
+
+
+def forge(run: Path, data: Path, keep: slice, forged: Callable[[Predictions], None] = lambda predictions: None) -> None:
+    """Alter predictions, and make table, summary and log fit them."""
+    predictions = read_predictions(run / "predictions" / "ucf101.npz")
+    predictions = Predictions(
+        predictions.index[keep], predictions.label[keep], predictions.scores[keep], predictions.paths[keep],
+        class_names=predictions.class_names,
+    )  # fmt: skip
+    forged(predictions)
+    write_predictions(run / "predictions", "ucf101", predictions)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "logs" / "metrics.jsonl").unlink()
+    found = metric_claims({"last": {}}, {"ucf101": predictions}, read_run_config(run / "config.yaml"))
+    summary["last"] |= {f"val_{claim.what.split()[0]}": float(claim.found) for claim in found}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def forge_scores(run: Path, data: Path) -> None:
+    def forged(predictions: Predictions) -> None:
+        predictions.scores[:] = 9 * (np.arange(predictions.scores.shape[1]) == predictions.label[:, None])
+
+    forge(run, data, slice(None), forged)
+
+
+def forge_labels(run: Path, data: Path) -> None:
+    def forged(predictions: Predictions) -> None:
+        predictions.label[:] = predictions.scores.argmax(1)
+
+    forge(run, data, slice(None), forged)
+
+
+def forge_paths(run: Path, data: Path) -> None:
+    forge(run, data, slice(None), lambda predictions: predictions.paths.reverse())
+
+
+def leave_out_videos(run: Path, data: Path) -> None:
+    forge(run, data, slice(1, None))
+
+
+def alter_marks(run: Path, data: Path) -> None:
+    """The column that says which predictions are correct."""
+    file = run / "predictions" / "ucf101.csv"
+    rows = list(csv.reader(file.read_text().splitlines()))
+    column = rows[0].index("correct")
+    lines = [rows[0], *([*row[:column], str(1 - int(row[column])), *row[column + 1 :]] for row in rows[1:])]
+    file.write_text("".join(f"{','.join(row)}\n" for row in lines))
+
+
+def alter_index(run: Path, data: Path) -> None:
+    predictions = read_predictions(run / "predictions" / "ucf101.npz")
+    predictions.index += 1000
+    write_predictions(run / "predictions", "ucf101", predictions)
+
+
+def break_summary(run: Path, data: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["last"]["val_top1"], summary["best"] = "100", "abc"
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def break_table(run: Path, data: Path) -> None:
+    (run / "predictions" / "ucf101.csv").write_bytes(b"\xff\xfe" * 9)
+
+
+def swap_checkpoints(run: Path, data: Path) -> None:
+    """Those of another seed, with their manifests."""
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(run.parent / "other" / "checkpoints", run / "checkpoints")
 
 
 def alter_checkpoint(run: Path, data: Path) -> None:
@@ -74,10 +146,10 @@ class Verify(unittest.TestCase):
         overrides = [
             word for which in ("train", "val") for word in stages.write_split(cls.data, "ucf101", which, paths)
         ]
-        result = stages.run_in_process(
-            stages.command("ft", cls.run_folder, *overrides, "pretrained_checkpoint_path=null", "epochs=2", "lr=0.01")
-        )
-        assert result.returncode == 0, result.stderr
+        settings = [*overrides, "pretrained_checkpoint_path=null", "epochs=2", "lr=0.01"]
+        for folder, seed in ((cls.run_folder, []), (cls.folder / "other", ["trainer.seed_value=2"])):
+            result = stages.run_in_process(stages.command("ft", folder, *settings, *seed))
+            assert result.returncode == 0, result.stderr
         cls.original = cls.folder / "original"
         shutil.copytree(cls.data, cls.original)
 
@@ -108,6 +180,14 @@ class Verify(unittest.TestCase):
             (alter_log, "top1 of the summary, from the log"),
             (alter_scores, "predictions of ucf101, from weights and data"),
             (alter_table, "ucf101.csv"),
+            (forge_labels, "paths and labels of ucf101"),
+            (forge_paths, "paths and labels of ucf101"),
+            (forge_scores, "loss of the summary, from checkpoint.pt"),
+            (leave_out_videos, "videos without a prediction in ucf101"),
+            (alter_marks, "ucf101.csv"),
+            (alter_index, "paths and labels of ucf101"),
+            (break_summary, "best top1 of the summary, from the log"),
+            (break_table, "ucf101.csv"),
             (replace_video_unnoticed, "predictions of ucf101, from weights and data"),
         ):
             with self.subTest(alter.__name__):
@@ -117,6 +197,7 @@ class Verify(unittest.TestCase):
     def test_changed_weights_and_data(self) -> None:
         for alter, claim in (
             (alter_checkpoint, "checkpoint.pt"),
+            (swap_checkpoints, "loss of the summary, from checkpoint.pt"),
             (alter_labels, "datasets.ucf101.val.labels"),
             (replace_video, "predictions of ucf101, from weights and data"),
         ):
