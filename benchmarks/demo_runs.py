@@ -1,7 +1,7 @@
 """The demo with several seeds, its trunks on other videos (docs/demo.md), or other decoders in stage 1 (docs/performance.md).
 
     python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 6 minutes each on two cores
-    python -m benchmarks.demo_runs stage1 FOLDER [SEED ...]        after `seeds`, with more videos in stage 1: 25 minutes
+    python -m benchmarks.demo_runs stage1 FOLDER [SEED ...]        after `seeds`, with more videos in stage 1: 12 minutes
     python -m benchmarks.demo_runs mocap FOLDER [SEED ...]         after `seeds`, on videos of mocap_videos: 6 minutes each
     python -m benchmarks.demo_runs decoders FOLDER [SEED ...]      about 20 minutes each
 
@@ -73,7 +73,7 @@ def stage1(folder: Path, numbers: list[int]) -> None:
     saved = json.loads(RESULTS.read_text(encoding="utf-8"))["demo"]
     random, first = (next(row for row in saved if row["name"] == name) for name in ("scratch", "finetune_mae"))
     results = [report.Result(**random), report.Result(**first | {"starts_from": "mae, 3,000 videos"})]
-    for minutes in (15, 30, 60):
+    for minutes in (15, 60):
         each = 125 * (minutes - 2)  # as in run_demo.sh
         runs = folder / f"minutes_{minutes}"
         if minutes < 60:

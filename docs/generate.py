@@ -50,7 +50,7 @@ def pages() -> dict[Path, str]:
     }
     results = json.loads((ROOT / "docs" / "demo_results.json").read_text(encoding="utf-8"))
     tables = {
-        name: report.format_table([report.Result(**row) for row in results[name]]) for name in ("demo", "hour", "mocap")
+        name: report.format_table([report.Result(**row) for row in results[name]]) for name in ("demo", "hour", "mocap", "stage1")
     }
     tables |= {"probes": report.format_probes(results["probes"]), "xrays": report.format_xrays(results["xrays"])}
     for file in (ROOT / "README.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "representations.md"):

@@ -11,6 +11,7 @@ import numpy as np
 
 from omnivision.data.encode import write_video
 from omnivision.reporting.predictions import Predictions, write_predictions
+from omnivision.utils.errors import UserError
 from omnivision_demo import report
 from omnivision_demo.spec import ACTIONS
 
@@ -78,8 +79,11 @@ class Report(unittest.TestCase):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         shutil.copytree(self.demos[0], folder / "demo")
         shutil.rmtree(folder / "demo" / "probe" / "predictions")
-        with self.assertRaisesRegex(SystemExit, "missing: probe"):
+        with self.assertRaisesRegex(UserError, "missing: probe"):
             report.render_page(folder / "demo", report.collect_results([folder / "demo"]))
+        shutil.rmtree(folder / "demo" / "probe")
+        with self.assertRaisesRegex(UserError, "must hold an evaluated run probe"):
+            report.collect_results([folder / "demo", *self.demos])
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Dataset(DatasetSettings):
         """
         count = self.num_classes or 0
         scale = self.label_mean or [0.0] * count, self.label_std or [1.0] * count
-        if {len(values) for values in scale} != {count}:
+        if {len(values) for values in scale} != {count} or (self.label_mean is None) != (self.label_std is None):
             raise UserError(
                 f"datasets.{self.name}.label_mean and label_std must be a number for each of {count} targets, got "
                 f"{self.label_mean} and {self.label_std}. Set both; omnivision prepare writes them."

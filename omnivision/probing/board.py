@@ -102,6 +102,10 @@ def samples_of(split: FeatureSplit, device: torch.device, grouping: Callable[[st
             f"{where} has {what}; a probe needs at least two classes. Set labels in the catalog and extract again."
         )
     features = flat_features(split, known)
+    if (features == features[0]).all():
+        raise UserError(
+            f"{where} has the same features for all videos. Training has collapsed, or the videos are equal."
+        )
     groups = group_paths(split.name, np.asarray(split.paths)[known].tolist(), grouping)
     return Samples(torch.from_numpy(features).to(device), torch.from_numpy(values[known]).long().to(device), groups)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -179,9 +180,14 @@ class Rows:
         if not len(batch):
             return
         features = embed(batch)
+        stored = features.astype(embed.config.dtype)
+        if np.isfinite(features).all() and not np.isfinite(stored).all():
+            raise UserError(
+                f"Features up to {np.abs(features).max():.3g} do not fit into float16. Set --dtype float32."
+            )
         index = batch.index.numpy()[:: len(batch) // len(features)]
         segments = split.segments(index)
-        self.features.append(features.astype(embed.config.dtype))
+        self.features.append(stored)
         self.index.append(index)
         self.times.append(
             np.array(times) if times else np.full((len(index), 2), np.nan) if segments is None else segments
@@ -232,8 +238,12 @@ def extract(
                 np.savez(file, **arrays)
             yield
 
-    for _ in track(write_parts(), len(missing)):
-        pass
+    try:
+        for _ in track(write_parts(), len(missing)):
+            pass
+    except FileNotFoundError:  # another process, with the same parts, has completed the split and removed them
+        if read_header(folder).splits[key].rows is None:
+            raise
     with file_lock(folder / ".lock"):
         record = read_header(folder).splits[key]
         if record.rows is None and all(file.exists() for file in files):
@@ -300,13 +310,18 @@ def join_parts(split: Split, files: Sequence[Path], target: Path, record: SplitR
     """Write the arrays of a split from its parts, one at a time in memory."""
     rows, unreadable, shape, dtype, timed = 0, list[str](), tuple[int, ...](), np.dtype(np.float32), False
     for file in files:
-        with np.load(file, allow_pickle=False) as part:
-            if len(part["index"]):
-                shape, dtype = part["features"].shape[1:], part["features"].dtype
-            rows += len(part["index"])
-            unreadable += part["unreadable"].tolist()
-            timed = timed or bool(np.isfinite(part["times"]).any())
+        try:
+            with np.load(file, allow_pickle=False) as part:
+                if len(part["index"]):
+                    shape, dtype = part["features"].shape[1:], part["features"].dtype
+                rows += len(part["index"])
+                unreadable += part["unreadable"].tolist()
+                timed = timed or bool(np.isfinite(part["times"]).any())
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            file.unlink()
+            raise UserError(f"{file} was damaged ({error}), and is removed. Run the same command again.") from None
     if not rows:
+        shutil.rmtree(files[0].parent)  # so that the same command tries again
         raise UserError(
             f"None of the {len(split)} videos of {split.name}.{split.which} can be read: {truncate_list(unreadable, 2)}."
         )

@@ -122,12 +122,16 @@ def open_split(folder: Path, name: str, which: str) -> FeatureSplit:
         if what != "times" or (folder / key / "times.npy").exists()
         for file in [folder / key / f"{what}.npy"]
     }
-    kinds = {"features": "f", "index": "iu", "labels": "iuf", "paths": "U", "times": "f"}
+    config = header.config
+    kinds = {"features": "f", "index": "iu", "paths": "U", "times": "f"}
+    kinds["labels"] = "iu" if arrays["labels"].ndim == 1 else "f"
+    axes = 2 + (config.layers > 1) + config.keep_time
     for what, array in arrays.items():
-        if array.dtype.kind not in kinds[what] or array.shape[:1] != (record.rows,):
+        misfit = what == "features" and (array.ndim != axes or array.dtype != config.dtype)
+        if array.dtype.kind not in kinds[what] or array.shape[:1] != (record.rows,) or misfit:
             raise UserError(
-                f"{folder / key / what}.npy holds {array.dtype} of shape {array.shape}; expected {record.rows} rows. Extract "
-                "the features again."
+                f"{folder / key / what}.npy holds {array.dtype} of shape {array.shape}; {HEADER} says {record.rows} rows, "
+                f"{config.layers} layers, keep_time {config.keep_time}, {config.dtype}. Extract the features again."
             )
     for rows in blocks(len(arrays["features"])):
         if not np.isfinite(arrays["features"][rows]).all():
@@ -137,6 +141,11 @@ def open_split(folder: Path, name: str, which: str) -> FeatureSplit:
             )
     names_file = folder / "class_names" / f"{name}.txt"
     names = read_class_names(str(names_file), "class names") if names_file.exists() else []
+    if names and arrays["labels"].ndim == 1 and len(arrays["labels"]) and arrays["labels"].max() >= len(names):
+        raise UserError(
+            f"{folder / key}/labels.npy must be below {len(names)}, the names in {names_file}, got {arrays['labels'].max()}. "
+            "Extract the features again."
+        )
     return FeatureSplit(name, which, config=header.config, record=record, class_names=names, **arrays)
 
 

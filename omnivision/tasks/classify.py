@@ -54,10 +54,11 @@ class Classify(Task):
             self.class_weights = [balanced_weights(counts) for counts in label_counts]
         elif class_weights is not None:
             numbers = class_weights if isinstance(class_weights, list) else []
-            if labels.classes != [len(numbers)] or not all(type(n) in (int, float) and 0 <= n < 1e9 for n in numbers):
+            valid = all(type(number) in (int, float) and 0 <= number < 1e9 for number in numbers) and any(numbers)
+            if labels.classes != [len(numbers)] or not valid:
                 raise UserError(
-                    "trainer.task.class_weights must be balanced, or a number >= 0 for each class of the only head "
-                    f"({labels.classes}), got {class_weights}. Change it."
+                    "trainer.task.class_weights must be balanced, or a number from 0 to 1e9 for each class of the only head "
+                    f"({labels.classes}), not all 0; got {class_weights}. Change it."
                 )
             self.class_weights = [torch.tensor(numbers, dtype=torch.float32)]
 
@@ -110,15 +111,18 @@ class Classify(Task):
         label = batch.label[:: batch.views]
         known = label >= 0
         averaged = [average_views(own, batch.views, self.average)[known] for own in logits]
-        hits = {f"top1_{number}": _hits(own, label[known])["top1"] for number, own in enumerate(averaged)}
-        return StepOutput(logits.new_zeros(()), int(known.sum()), hits)
+        sums = {f"top1_{number}": _hits(own, label[known])["top1"] for number, own in enumerate(averaged)}
+        for number, own in enumerate(averaged):
+            sums[f"loss_{number}"] = torch.nn.functional.cross_entropy(own, label[known], reduction="sum")
+        return StepOutput(logits.new_zeros(()), int(known.sum()), sums)
 
     def choose(self, model: nn.Module, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Choose by the metrics of the held-out part; return the metrics to log. Of equal probes, the first is chosen."""
+        """Choose by the metrics of the held-out part; return the metrics to log. Of equal top-1, the loss decides."""
         if not isinstance(model, AttentiveClassifier):
             return dict(metrics)
         top1 = [float(metrics.get(f"top1_{number}", 0.0)) for number in range(len(model.grid))]
-        best = top1.index(max(top1))
+        loss = [float(metrics.get(f"loss_{number}", 0.0)) for number in range(len(model.grid))]
+        best = max(range(len(top1)), key=lambda number: (top1[number], -loss[number]))
         model.selected.fill_(best)
         lr, weight_decay = model.grid[best]
         chosen = {"top1": top1[best], "probe": best, "lr_factor": lr, "weight_decay_factor": weight_decay}

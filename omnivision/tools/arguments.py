@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
@@ -23,6 +24,18 @@ def _to_int(_: Any, tokens: Sequence[Token]) -> int:
     return int(tokens[0].value)
 
 
+def _in_folder(_: Any, file: Path | None) -> None:
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"must be a file in an existing folder, got {file}")
+
+
+def _is_no_file(_: Any, folder: Path | None) -> None:
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"must be a folder, got the file {folder}")
+
+
+OutFile = Annotated[Path | None, Parameter(validator=_in_folder, metavar="FILE")]
+OutFolder = Annotated[Path | None, Parameter(validator=_is_no_file, metavar="DIR")]
 Flag = Annotated[bool, Parameter(show_default=False)]
 File = Annotated[str | None, Parameter(metavar="FILE")]
 Share = Annotated[float, Parameter(validator=Number(gt=0, lt=1), metavar="X")]
@@ -34,7 +47,7 @@ FramePattern = Annotated[
         metavar="PATTERN", help="Which images are the frames, e.g. 'img_*.jpg', if a folder holds several series."
     ),
 ]
-Seconds = Annotated[float | None, Parameter(validator=Number(gt=0), metavar="SECONDS")]
+Seconds = Annotated[float | None, Parameter(validator=Number(gte=0.01), metavar="SECONDS")]
 Regex = Annotated[str | None, Parameter(metavar="REGEX")]
 Segments = Annotated[
     str | None, Parameter(metavar="SEGMENTS.npy", help="(N, 2) start and end (s) of each sample in its video.")

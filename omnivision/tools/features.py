@@ -121,7 +121,8 @@ def features(
         if record.rows is None:
             incomplete.append(key)
             continue
-        lost = f", {len(record.unreadable)} unreadable" if record.unreadable else ""
+        lost = f", {len(record.unreadable)} unreadable (see features.json; another --out tries them again)"
+        lost = lost if record.unreadable else ""
         print(f"{out}/{key}: {record.rows} rows of {record.samples} videos{lost}")
     if incomplete and process_position()[1] == 1:
         raise UserError(f"{out} lacks parts of {', '.join(incomplete)}. Run the same command again.")
@@ -210,7 +211,7 @@ def open_data(
     Raises UserError for unknown names.
     """
     from omnivision.config.catalog import Catalog
-    from omnivision.data.catalog import Dataset, Split
+    from omnivision.data.catalog import Dataset, Split, load_array
     from omnivision.utils.io import replace_atomically
 
     run_config = checkpoint.parent.parent / "config.yaml"
@@ -227,6 +228,8 @@ def open_data(
         rate = resolve_fps(what.fps, videos)
         file = out / VIDEOS / "list.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and load_array(str(file), "videos").tolist() != videos:
+            raise UserError(f"{out} holds features of other videos ({file}). Set another --out.")
         with replace_atomically(file) as opened:
             np.save(opened, np.array(videos), allow_pickle=False)
         lists = {"paths": str(file)}

@@ -15,7 +15,7 @@ from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Seconds, Share, at_least, resolve_fps
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, OutFolder, Seconds, Share, at_least, resolve_fps
 from omnivision.tools.workers import track
 from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.streams import print_text, wide_console
@@ -44,7 +44,7 @@ def predict(
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
     window: Seconds = None,
     stride: Seconds = None,
-    out: Annotated[Path | None, Parameter(metavar="DIR")] = None,
+    out: OutFolder = None,
     device: Device = "cpu",
     trust_targets: TrustTargets = None,
     fps: FrameRate = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from rich.text import Text
 from omnivision.data.groups import pattern_grouping
 from omnivision.reporting.logs import read_lines
 from omnivision.reporting.run_directory import RunDir
-from omnivision.tools.arguments import Regex
+from omnivision.tools.arguments import OutFile, Regex
 from omnivision.tools.features import (
     DATA,
     VIEWS,
@@ -60,7 +61,7 @@ class ProbeOptions:
     data: Annotated[list[str] | None, Parameter(consume_multiple=True, metavar="NAME")] = None
     methods: Annotated[list[Method] | None, Parameter(consume_multiple=True)] = None
     group_pattern: Regex = None
-    out: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    out: OutFile = None
 
 
 _OPTIONS = ProbeOptions()
@@ -85,6 +86,10 @@ def probe(
             RUN/features or FILE.features); or "random" ("random:1", ...), random weights of the model before it (of a seed).
     """
     if not what.data and any(not (Path(source) / HEADER).is_file() for source in sources):
+        if absent := [source for source in sources if not os.path.exists(source) and not source.startswith("random")]:
+            raise UserError(
+                f"SOURCE must be a folder of features, a run or a file, got {absent[0]}, which does not exist."
+            )
         raise UserError("--data must name the datasets to probe runs and files on. Set --data NAME.")
     require_device(options.device)
     folders: list[tuple[Path, str]] = []  # features, and the run that they are of, if any
@@ -97,7 +102,9 @@ def probe(
         if random is None:
             trained = load_on_rank(source, options)
         elif trained is None:
-            raise UserError("random must follow the run or file whose architecture it takes. Put it after one.")
+            raise UserError(
+                "random must follow the run or weights file (not features) whose architecture it takes. Put it after one."
+            )
         model = trained if random is None else randomize(trained, source, seed=int(random[1] or 0))
         folders.append((extract(trained, model, what.data or [], views, options), "" if random else source))
     rank, world_size, _ = process_position()
@@ -149,6 +156,8 @@ def extract(
     name = model.origin.sha256[:12] if model is trained else model.path.name.replace(":", "_")
     folder = beside / f"{name}_{views.clips}x{views.crops}"
     splits = list(open_data(data, folder, path, options))
+    if several := [split.name for split in splits if split.label_type != "class"]:
+        raise UserError(f"A probe needs one class per video; {several[0]} has several, or numbers. Set other --data.")
     extract_all(model, splits, folder, feature_config(model, views, options), options)
     return folder
 
@@ -188,16 +197,19 @@ def probe_folder(folder: Path, what: ProbeOptions, device: str, run: str) -> lis
     complete = {key.rpartition("/")[0] for key in header.splits}
     paired = [name for name in sorted(complete) if {f"{name}/train", f"{name}/val"} <= header.splits.keys()]
     names = what.data or paired
-    if missing := [name for name in names if name not in paired] or ([] if names else ["no dataset"]):
+    if not names or (missing := [name for name in names if name not in paired]):
         raise UserError(
-            f"{folder} must hold a train and a val split of each dataset; it lacks {truncate_list(missing)}. Extract them "
-            "with `omnivision features`, or set --data."
+            f"{folder} must hold a train and a val split of {truncate_list(missing) if names else 'a dataset'}; it holds "
+            f"{truncate_list(list(header.splits)) or 'nothing'}. Extract them with `omnivision features`, or set --data."
         )
     grouping = None if what.group_pattern is None else pattern_grouping(what.group_pattern)
     rows = []
     for name in names:
         train, val = (open_split(folder, name, which) for which in ("train", "val"))
         data = board.make_data(train, val, torch.device(device), grouping)
+        if unseen := set(data.val.labels.tolist()) - set(data.train.labels.tolist()):
+            own = int(sum((data.val.labels == label).sum() for label in unseen))
+            warn(f"{name}: {own} validation videos are of {len(unseen)} classes without a training video.")
         results = []
         for method in what.methods or METHODS:
             announce(f"probe: {method} on {header.model['name']}, {name}")

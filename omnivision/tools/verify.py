@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.tools.arguments import Flag, at_least
+from omnivision.tools.arguments import Flag, OutFile, at_least
 from omnivision.tools.predict import Device
 from omnivision.tools.workers import track
 from omnivision.utils.errors import UserError
@@ -40,7 +40,7 @@ class VerifyOptions:
 
     sample: Annotated[int, at_least(0)] = 32
     all: Flag = False
-    json: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    json: OutFile = None
     workers: Annotated[int, at_least(0)] = 0
     device: Device = "cpu"
 

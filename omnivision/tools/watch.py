@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from omnivision.training.online_eval import OnlineSource
 
 LOG = "watch.jsonl"
+METHODS: tuple[OnlineMethod, ...] = ("knn", "logistic", "rankme")
 
 
 @Parameter(name="*")
@@ -69,7 +70,8 @@ def watch(
         raise UserError(f"{run} must be the directory of a run that has started; it has no config.yaml.")
     sources = draw_sources(run, what, options)
     log = run / "logs" / LOG
-    done = {line.get("sha256") for line in read_lines(log)} if log.is_file() else set()
+    done = {line.get("sha256") for line in read_lines(log) if is_same_request(line, what)} if log.is_file() else set()
+    measured = 0
     for checkpoint in new_checkpoints(run, what):
         try:
             line = probe_checkpoint(checkpoint, sources, what, options, done)
@@ -77,13 +79,29 @@ def watch(
             warn(f"{error} It is left out.")
             continue
         if line is None:
+            print_text("The newest checkpoint has been measured already.")
+            measured += 1
+            continue
+        numbers = {name: value for name, value in line.items() if name.startswith(tuple(f"{n}_" for n in what.data))}
+        if not numbers:
+            warn(f"Nothing could be measured on {', '.join(what.data)}; the log says why.")
             continue
         append_line(log, to_json(line))
         done.add(line["sha256"])
-        numbers = {name: value for name, value in line.items() if name.startswith(tuple(f"{n}_" for n in what.data))}
+        measured += 1
         print_text(f"epoch {line['epoch'] + 1}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
     print_text(f"The run is {run_status(RunDir(run), squeue_or_none())[0]}. Results: {log}")
-    return 0
+    return 0 if measured else 1
+
+
+def is_same_request(line: Mapping[str, Any], what: WatchOptions) -> bool:
+    """Return whether a line of the log has the measurements asked for; those of earlier versions do not tell."""
+    request = request_of(what)
+    return {name: line.get(name, value) for name, value in request.items()} == request
+
+
+def request_of(what: WatchOptions) -> dict[str, Any]:
+    return {"data": sorted(set(what.data)), "methods": sorted(what.methods or METHODS), "limit": what.limit}
 
 
 def new_checkpoints(run: Path, what: WatchOptions) -> Iterator[Path]:
@@ -137,7 +155,7 @@ def probe_checkpoint(
     if model.origin.sha256 in done:
         return None
     settings = OnlineEvalSettings(
-        sources=what.data, every_epochs=1, limit=what.limit, methods=what.methods or ["knn", "logistic", "rankme"]
+        sources=what.data, every_epochs=1, limit=what.limit, methods=what.methods or list(METHODS)
     )
     online = OnlineEval(settings, sources, LoaderConfig(options.num_workers), model.config.clip_duration, None)
     dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=30))
@@ -148,4 +166,12 @@ def probe_checkpoint(
     epoch, step, steps = (model.origin.progress.get(name) or 0 for name in ("epoch", "step", "steps_per_epoch"))
     position = {"epoch": epoch - (step == 0), "step": epoch * steps + step}
     times = {"time": time.time(), "seconds": time.monotonic() - start}
-    return {"event": "epoch", "phase": "online", **position, **metrics, **times, "sha256": model.origin.sha256}
+    return {
+        "event": "epoch",
+        "phase": "online",
+        **position,
+        **metrics,
+        **times,
+        "sha256": model.origin.sha256,
+        **request_of(what),
+    }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
-from omnivision.tools.arguments import at_least
+from omnivision.tools.arguments import OutFolder, at_least
 from omnivision.tools.features import DATA, VIEWS, DataOptions, ViewOptions, feature_config, open_data
 from omnivision.tools.workers import track
 from omnivision.utils.errors import UserError, truncate_list
@@ -39,7 +39,7 @@ class XrayOptions:
 
     data: Annotated[list[str] | None, Parameter(consume_multiple=True, metavar="NAME")] = None
     limit: Annotated[int | None, at_least(1)] = None
-    out: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    out: OutFolder = None
 
 
 _OPTIONS = XrayOptions()

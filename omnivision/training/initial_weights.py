@@ -83,15 +83,19 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
 
 
 def check_scales(settings: Settings, path: Path) -> None:
-    """Raise UserError if loaded heads standardize the targets of a regression otherwise than the catalog says."""
-    current = build.build_inference_config(settings)
-    if current.label_type != "regression":
+    """Raise UserError if loaded heads are for a regression and these are not, or standardize its targets otherwise."""
+    current, saved = build.build_inference_config(settings), read_weights(path).inference
+    if "regression" not in (current.label_type, saved.label_type):
         return
-    saved = read_weights(path).inference
     wrong = [name for name, scale in current.scales().items() if saved.scales().get(name, scale) != scale]
-    if saved.label_type != "regression" or wrong:
+    if saved.label_type != current.label_type:
         raise UserError(
-            f"{path} must standardize the targets as this run does ({current.scales()}), got {saved.scales() or 'classes'}. "
+            f"{path} must be of a run with label_type {current.label_type}, got {saved.label_type}. Set another checkpoint, or "
+            "trainer/checkpoint=no_heads for a new head."
+        )
+    if wrong:
+        raise UserError(
+            f"{path} must standardize the targets as this run does ({current.scales()}), got {saved.scales()}. "
             "Set label_mean and label_std in the catalog entry, or trainer/checkpoint=no_heads for a new head."
         )
 

@@ -288,6 +288,11 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
             )
         if split.label_type == "regression":
             yield from scale_warnings(split)
+        if split.label_type == "multi_label" and not (split.labels() == 1).any():
+            yield (
+                f"{split.name}: no video of its {split.which} split shows any class (all labels are 0 or unknown), so there is "
+                f"no mAP. Set datasets.{split.name}.{split.which}.labels."
+            )
         for other in val if split.label_type == "class" else ():
             if split.name == other.name and labels_off_by_one(used[split], used[other]):
                 yield (

@@ -101,6 +101,42 @@ class Extract(tiny.WeightsCase):
         self.assertEqual(done, [2])  # of three parts
         self.assert_same_files("whole", "cut")
 
+    def test_a_damaged_part_is_computed_again(self):
+        part = self.folder / "out" / "set" / "val" / "parts" / "000001.npz"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(b"damage")
+        with self.assertRaisesRegex(UserError, "000001.npz was damaged"):
+            self.extract("out", self.split())
+        self.assertEqual(len(self.extract("out", self.split())), 7)
+
+    def test_nothing_readable_is_tried_again(self):
+        contents = {path: Path(path).read_bytes() for path in self.paths}
+        for path in self.paths:
+            Path(path).write_bytes(b"")
+        with self.assertRaisesRegex(UserError, "None of the 7 videos"):
+            self.extract("out", self.split())
+        for path, content in contents.items():
+            Path(path).write_bytes(content)
+        self.assertEqual(len(self.extract("out", self.split())), 7)
+
+    def test_another_process_that_completes_the_split_first(self):
+        original, split = extraction.embed_parts, self.split()
+
+        def embed_parts(embed, dataset, parts, loader):
+            for number, part in enumerate(original(embed, dataset, parts, loader)):
+                if number == 1:  # after this process has written a part
+                    with mock.patch.object(extraction, "embed_parts", original):
+                        self.extract("out", split)
+                yield part
+
+        with mock.patch.object(extraction, "embed_parts", embed_parts):
+            self.assertEqual(len(self.extract("out", split)), 7)
+
+    def test_features_that_do_not_fit_into_float16(self):
+        self.model.trunk.norm.weight.data.fill_(1e6)
+        with self.assertRaisesRegex(UserError, "--dtype float32"):
+            self.extract("out", self.split(), CONFIG.model_copy(update={"dtype": "float16"}))
+
     def test_other_models_views_and_lists_are_refused(self):
         split, embed = self.split(), extraction.Embedder(self.model.trunk, torch.device("cpu"), CONFIG)
         self.extract("out", split)

@@ -71,6 +71,8 @@ class Probe(tiny.WeightsCase):
             "random must follow": ["random", "--data", "set"],
             "did you mean": [run, "--data", "sett"],
             "There is no file": [self.folder / "nothing", "--data", "set"],
+            "which does not exist": [self.folder / "nothing"],
+            "in an existing folder": [run, "--data", "set", "--out", self.folder / "nothing" / "board.json"],
         }.items():
             code, _, errors = self.probe(*words)
             self.assertEqual(code, 1, wanted)
@@ -86,6 +88,24 @@ class Probe(tiny.WeightsCase):
                 code, _, errors = self.probe(run, "--data", "set")
                 self.assertEqual(code, 1)
                 self.assertIn(wanted, errors)
+        self.write_catalog(paths, val, None, [3] * 5 + [0] * 4)
+        shutil.rmtree(run / "features")
+        code, _, errors = self.probe(run, "--data", "set", "--methods", "knn")
+        self.assertEqual(code, 0, errors)
+        self.assertIn("5 validation videos are of 1 classes without a training video", " ".join(errors.split()))
+        (folder,) = (run / "features").iterdir()
+        original = {what: np.load(folder / "set" / "train" / f"{what}.npy") for what in ("features", "labels")}
+        for wanted, what, change in (
+            ("holds float64", "labels", lambda array: array + 0.5),
+            ("holds float64", "features", lambda array: array.astype(np.float64)),
+            ("says 15 rows, 1 layers", "features", lambda array: array[:, None]),
+            ("same features for all", "features", np.zeros_like),
+        ):
+            np.save(folder / "set" / "train" / f"{what}.npy", change(original[what]))
+            code, _, errors = self.call(folder)
+            self.assertEqual(code, 1, wanted)
+            self.assertIn(wanted, " ".join(errors.split()))
+            np.save(folder / "set" / "train" / f"{what}.npy", original[what])
 
 
 if __name__ == "__main__":

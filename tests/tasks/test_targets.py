@@ -235,7 +235,7 @@ class Run(fixtures.Folder):
             (self.folder / f"{which}.csv").write_text("\n".join([header, *lines]) + "\n")
         words = ("--name", "mine", "--train", self.folder / "train.csv", "--val", self.folder / "val.csv", *words)
         catalog = self.folder / "site" / "experiments" / "mine.yaml"
-        catalog.parent.mkdir(parents=True)
+        catalog.parent.mkdir(parents=True, exist_ok=True)
         code, *_ = runs.call_command(
             "prepare", self.folder / "videos", self.folder / "out", *words, "--catalog", catalog
         )
@@ -411,7 +411,7 @@ class RegressRun(Run):
         words = "--label-type", "regression", "--columns", "path=path,label=share,label=metres"
         common = self.prepare("path,share,metres", rows, *words)
         entry = (self.folder / "site" / "experiments" / "mine.yaml").read_text()
-        self.assertIn("label_mean: [0.55, 140.090909]", entry)
+        self.assertIn("label_mean: [0.55, 140.0909]", entry)
         self.check_dry(common)
         self.check_run(common, "mae")
         other = stages.command(
@@ -458,14 +458,21 @@ class RegressRun(Run):
 
     def test_other_numbers_than_the_catalog_says(self) -> None:
         common = self.prepare("path,label", [str(500 + k) for k in range(12)], "--label-type", "regression")
-        result = self.run_stage("x", *common, "++datasets.mine.label_mean=null", "epochs=1")
+        nothing = "++datasets.mine.label_mean=null", "++datasets.mine.label_std=null"
+        result = self.run_stage("x", *common, *nothing, "epochs=1")
         self.assertIn("target label has mean 505.5", " ".join(result.stderr.split()))
-        words = stages.command("ft", self.folder / "y", *common, "++datasets.mine.label_mean=[1,2]", dataset="mine")
-        self.assertIn("must be a number for each of 1 targets", " ".join(stages.run_in_process(words).stderr.split()))
+        for wrong in ("++datasets.mine.label_mean=[1,2]", nothing[0]):
+            words = stages.command("ft", self.folder / "y", *common, wrong, dataset="mine")
+            errors = " ".join(stages.run_in_process(words).stderr.split())
+            self.assertIn("must be a number for each of 1 targets", errors)
 
     def test_values_that_are_no_numbers(self) -> None:
-        with self.assertRaisesRegex(UserError, "must hold numbers .*row 3: far"):
-            self.prepare("path,label", ["1", "far"] + ["2"] * 10, "--label-type", "regression")
+        for wrong in ("far", "inf", "1e39"):
+            with self.assertRaisesRegex(UserError, f"must hold float32 numbers .*row 3: {wrong}"):
+                self.prepare("path,label", ["1", wrong] + ["2"] * 10, "--label-type", "regression")
+        with self.assertRaisesRegex(UserError, "more than float32 rounds off"):
+            times = [str(1_700_000_000 + second) for second in range(12)]
+            self.prepare("path,label", times, "--label-type", "regression")
 
 
 del Run

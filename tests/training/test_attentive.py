@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 import omnivision
-from omnivision.data.catalog import Dataset, Split
+from omnivision.data.catalog import Dataset, LabelSets, Split
 from omnivision.models.attentive import AttentiveClassifier
+from omnivision.tasks.classify import Classify
 from omnivision.tools.main import main
 from tests import fixtures, runs
 from tests import stage_runs as stages
@@ -35,6 +36,12 @@ class Model(unittest.TestCase):
             model.selected.fill_(number)
             self.assertTrue(torch.equal(model(video, 0), every[number]))
         self.assertFalse(torch.equal(every[0], every[1]))
+
+    def test_the_loss_decides_between_probes_with_equal_top1(self):
+        task, model = Classify(LabelSets({"set": 0}, [3])), self.model(lr_factors=[1.0, 2.0, 3.0])
+        top1, loss = (50.0, 75.0, 75.0), (0.1, 0.9, 0.8)
+        metrics = {f"{name}_{k}": own[k] for name, own in (("top1", top1), ("loss", loss)) for k in range(3)}
+        self.assertEqual(task.choose(model, metrics | {"videos": 4})["probe"], 2)
 
     def test_it_attends_to_all_tokens(self):
         model = tiny.scrambled(self.model())
@@ -117,7 +124,7 @@ class Stage(fixtures.Folder):
         self.assertEqual(len(held_out), 2)
         last = held_out[-1]
         self.assertEqual(last["videos"], 2)  # a tenth of 15
-        self.assertEqual(last["probe"], last["top1_by_probe"].index(max(last["top1_by_probe"])))
+        self.assertEqual(last["top1_by_probe"][last["probe"]], max(last["top1_by_probe"]))
         model = stages.load_checkpoint(self.folder / "run")["model"]
         self.assertEqual(int(model["selected"]), last["probe"])
 

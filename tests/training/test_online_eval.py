@@ -104,10 +104,10 @@ class OnlineEval(fixtures.Folder):
 
         save("checkpoint_1.pt")
 
+        self.enterContext(mock.patch.object(watch, "squeue_or_none", lambda: None))
+        words = ["watch", str(run), "--data", "hmdb51", "--workers", "0", "--methods", "rankme"]
         with mock.patch.object(time, "sleep", wait), mock.patch.object(watch, "run_status", status_of):
-            code = main(
-                ["watch", str(run), "--data", "hmdb51", "--methods", "knn", "--methods", "rankme", "--workers", "0"]
-            )
+            code = main([*words, "--methods", "knn"])
         self.assertEqual(code, 0)
         watched = [json.loads(line) for line in (run / "logs" / "watch.jsonl").read_text().splitlines()]
         self.assertEqual([line["epoch"] for line in watched], [0, 1])
@@ -115,6 +115,9 @@ class OnlineEval(fixtures.Folder):
             self.assertAlmostEqual(watched[-1][name], last[name], places=4)
         self.assertEqual((watched[-1]["step"], watched[-1]["phase"]), (last["step"], "online"))
         self.assertNotEqual(first["hmdb51_rankme"], last["hmdb51_rankme"])
+        for more, lines in ((["--methods", "knn"], 2), ([], 3), ([], 3)):  # done already; other methods; done already
+            self.assertEqual(main([*words, *more]), 0)
+            self.assertEqual(len((run / "logs" / "watch.jsonl").read_text().splitlines()), lines)
         self.assertEqual(main(["watch", str(self.folder), "--data", "hmdb51"]), 1)
         self.assertEqual(main(["watch", str(run), "--data", "hmdb52", "--once"]), 1)
 

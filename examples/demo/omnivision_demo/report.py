@@ -26,6 +26,7 @@ from omnivision.reporting.predictions import Predictions
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, find_runs
 from omnivision.tools.report.page import render
+from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically, write_json
 from omnivision_demo.spec import ACTIONS
 
@@ -71,16 +72,19 @@ class Result(NamedTuple):
 
 
 def collect_results(demos: Sequence[Path]) -> list[Result]:
-    """Return the result of each run that evaluates, over demos with different seeds. Raises KeyError if one lacks a run."""
-    by_seed = [{run.name: run for run in find_runs([demo])} for demo in demos]
+    """Return the result of each run that evaluates, over demos with different seeds.
+
+    Raises UserError if a run that one has is missing in another.
+    """
+    by_seed = [{run.name: run for run in find_runs([demo]) if "val_top1" in run.last} for demo in demos]
     results = []
-    for name in EVALUATED:
-        run = by_seed[0].get(name)
-        if run and "val_top1" in run.last:
-            metadata = run.metadata
-            starts, data = metadata["pretrained"] or "nothing", metadata["sources"][0]
-            top1 = [runs[name].last["val_top1"] for runs in by_seed]
-            results.append(Result(name, starts, metadata["trunk"], data, int(run.last["val_videos"]), top1))
+    for name in [name for name in EVALUATED if any(name in runs for runs in by_seed)]:
+        if missing := [str(demo) for demo, runs in zip(demos, by_seed, strict=True) if name not in runs]:
+            raise UserError(f"{missing[0]} must hold an evaluated run {name}, like the other folders. Run it again.")
+        run = by_seed[0][name]
+        starts, data = run.metadata["pretrained"] or "nothing", run.metadata["sources"][0]
+        top1 = [runs[name].last["val_top1"] for runs in by_seed]
+        results.append(Result(name, starts, run.metadata["trunk"], data, int(run.last["val_videos"]), top1))
     return results
 
 
@@ -148,12 +152,13 @@ def _mean(values: Sequence[float]) -> str:
 def render_page(demo: Path, results: Sequence[Result]) -> str:
     """Return an ordinary report of a demo's runs, with an introduction: what they show, their videos, reconstructions.
 
-    `results` may be of several seeds. Raises SystemExit if a run has no predictions.
+    `results` may be of several seeds. Raises UserError if a run has no predictions.
     """
     runs = {run.name: run for run in find_runs([demo])}
     by_name = {result.name: result for result in results}
-    if missing := [name for name in EVALUATED if name not in runs or not runs[name].predictions]:
-        raise SystemExit(f"{demo} must hold all runs of `make demo`, evaluated; missing: {', '.join(missing)}.")
+    expected = dict.fromkeys(EVALUATED, "target") | {run: domain for domain, (run, _) in DOMAINS.items()}
+    if missing := [name for name in EVALUATED if name not in runs or expected[name] not in runs[name].predictions]:
+        raise UserError(f"{demo} must hold all runs of `make demo`, evaluated; missing: {', '.join(missing)}.")
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision_demo", "."), autoescape=True)
     intro = environment.get_template("report.html.j2").render(
         result=by_name,
@@ -211,9 +216,13 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m omnivision_demo.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("demo", type=Path, metavar="DEMO")
     demo = parser.parse_args().demo
-    results = collect_results([demo])
+    try:
+        results = collect_results([demo])
+        page = render_page(demo, results)
+    except UserError as error:
+        parser.exit(1, f"error: {error}\n")
     write_json(demo / "results.json", [result._asdict() for result in results])
-    write_atomically(demo / "report.html", render_page(demo, results))
+    write_atomically(demo / "report.html", page)
 
 
 if __name__ == "__main__":

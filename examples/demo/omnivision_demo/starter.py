@@ -28,7 +28,7 @@ from omnivision_demo.spec import ACTIONS, video_spec
 MODELS = {"actions.safetensors": "align_synthetic", "autoencoder.safetensors": "mae"}  # file -> run of the demo
 RESULTS = "starter.json"
 SEED = 1  # of the test videos; `make demo` renders those of seed 0
-ALL_ACTIONS, FPS, ACTION_SECONDS = "all.mp4", 25, 4  # an example with all actions in turn
+ALL_ACTIONS, FPS, ACTION_SECONDS = "all_actions.mp4", 25, 4  # an example with all actions in turn
 VIDEOS_PER_ACTION = 20  # of each tested domain
 TESTED_DOMAINS = ("synthetic", "target")
 
@@ -43,7 +43,7 @@ def write_starter(demo: Path, out: Path) -> None:
         write_video(out / "videos" / f"{action}.mp4", render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
     spec = next(spec for index in range(1000) if (spec := video_spec(SEED, "synthetic", "val", index)).fps == FPS)
     parts = [render(replace(spec, label=label, frames=FPS * ACTION_SECONDS)) for label in range(len(ACTIONS))]
-    write_video(out / "videos" / ALL_ACTIONS, np.concatenate(parts), fps=FPS)
+    write_video(out / ALL_ACTIONS, np.concatenate(parts), fps=FPS)
     with tempfile.TemporaryDirectory() as videos:
         results = measure(out, Path(videos))
     files = {file: {"sha256": sha256(out / file), "bytes": (out / file).stat().st_size} for file in MODELS}

@@ -318,11 +318,11 @@ def _entry(
 
 
 def compute_scales(index: DatasetIndex) -> dict[str, list[float]]:
-    """Return mean and standard deviation of each target, over the training samples if there are any, with nine digits."""
-    labels = np.array([record.label for record in index.splits.get("train", index.records)], dtype=np.float64)
+    """Return mean and standard deviation of each target, over the training samples if there are any, to float32's precision."""
+    labels = indexing.label_array(index.splits.get("train", index.records), index).astype(np.float64)
     known = [own[np.isfinite(own)] for own in labels.T]
-    means = [float(f"{own.mean() if len(own) else 0:.9g}") for own in known]
-    deviations = [float(f"{own.std() if len(own) else 1:.9g}") or 1.0 for own in known]
+    means = [float(f"{own.mean() if len(own) else 0:.7g}") for own in known]
+    deviations = [float(f"{own.std() if len(own) else 1:.7g}") or 1.0 for own in known]
     return {"label_mean": means, "label_std": deviations}
 
 

@@ -149,7 +149,8 @@ def has_label_columns(index: DatasetIndex, label_type: LabelType) -> bool:
     numbers, or if a single one holds only 1, 0, -1 and nothing.
     """
     texts = {text for record in index.records for text in record.label}
-    return label_type == "regression" or len(index.classes) > 1 or ({"1"} < texts | {"1"} <= {"1", "0", "-1", ""})
+    yes_no = {"1"} < texts | {"1"} <= {"1", "0", "-1", ""} and texts != {""}
+    return label_type == "regression" or len(index.classes) > 1 or yes_no
 
 
 def parse_label_columns(index: DatasetIndex, label_type: LabelType, names: Sequence[str]) -> DatasetIndex:
@@ -176,10 +177,26 @@ def parse_label_columns(index: DatasetIndex, label_type: LabelType, names: Seque
         problems += [f"{record.where}: {text[:40]}" for text in wrong[:1]]
         records.append(replace(record, label=tuple(values[k] for k in order)))
     if problems:
-        expected = "numbers (nothing: unknown)" if label_type == "regression" else "1, 0 or -1 (or nothing: unknown)"
+        expected = (
+            "float32 numbers (nothing: unknown)" if label_type == "regression" else "1, 0 or -1 (or nothing: unknown)"
+        )
         raise listing_error(f"Label columns must hold {expected}", problems, "Fix the list, or set --columns.")
     _check_names(classes := list(names) or columns)
+    if label_type == "regression":
+        _check_precision(np.array([record.label for record in records], dtype=np.float64), classes)
     return replace(index, records=records, classes=classes, label_type=label_type)
+
+
+def _check_precision(labels: np.ndarray, names: Sequence[str]) -> None:
+    """Raise UserError for targets, float64 (N, K), whose differences float32 rounds off."""
+    for name, column in zip(names, labels.T, strict=True):
+        known = column[np.isfinite(column)]
+        rounded_off = np.abs(known - known.astype(np.float32))
+        if len(known) and rounded_off.max() > 1e-3 * known.std() > 0:
+            raise UserError(
+                f"Target {name} ({known.min():.12g} to {known.max():.12g}) must differ by more than float32 rounds off. "
+                "Subtract an offset from it in the list."
+            )
 
 
 def parse_label_lists(index: DatasetIndex, names: Sequence[str], separator: str) -> DatasetIndex:
@@ -213,12 +230,12 @@ def _parse_yes_no(text: str) -> int | None:
 
 
 def _parse_number(text: str) -> float | None:
-    """Return a finite number, or NaN for an empty text; None for other texts."""
+    """Return a number that float32 can hold, or NaN for an empty text; None for other texts."""
     try:
         value = float(text) if text else math.nan
     except ValueError:
         return None
-    return None if math.isinf(value) else value
+    return None if abs(value) > np.finfo(np.float32).max else value
 
 
 def label_array(records: Sequence[Record], index: DatasetIndex) -> np.ndarray:
