@@ -49,9 +49,8 @@ def pages() -> dict[Path, str]:
         file: f"{file.read_text(encoding='utf-8').partition(MARK)[0]}{MARK}\n{text}\n" for file, text in texts.items()
     }
     results = json.loads((ROOT / "docs" / "demo_results.json").read_text(encoding="utf-8"))
-    tables = {
-        name: report.format_table([report.Result(**row) for row in results[name]]) for name in ("demo", "hour", "mocap", "stage1")
-    }
+    names = "demo", "hour", "mocap", "stage1"
+    tables = {name: report.format_table([report.Result(**row) for row in results[name]]) for name in names}
     tables |= {"probes": report.format_probes(results["probes"]), "xrays": report.format_xrays(results["xrays"])}
     for file in (ROOT / "README.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "representations.md"):
         text = file.read_text(encoding="utf-8")

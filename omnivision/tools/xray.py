@@ -179,7 +179,7 @@ def print_table(name: str, summary: dict[str, Any]) -> None:
     console, _ = wide_console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("video", no_wrap=True)
-    for column in ("top-1 %", "loss"):
+    for column in ("top-1 %", "lost"):
         table.add_column(column, justify="right", no_wrap=True)
     for change, (top1, error) in summary["top1"].items():
         loss = "{:.1f} ± {:.1f}".format(*summary["loss"][change]) if change in summary["loss"] else ""
