@@ -163,7 +163,10 @@ def _deviations(part: Predictions, settings: Settings, source: str) -> np.ndarra
 
 def _compare(name: str, what: str, recorded: Any, found: float) -> Claim:
     if not isinstance(recorded, (int, float)):
-        return Claim(what, "missing", f"{found:.4f}", "unchecked" if recorded is None else "wrong")
+        missing = recorded is None
+        return Claim(
+            what, "missing" if missing else repr(recorded), f"{found:.4f}", "unchecked" if missing else "wrong"
+        )
     exact = name in PREDICTION_METRICS["regression"]  # in any unit, and computed in the same way
     holds = math.isclose(recorded, found, rel_tol=1e-5, abs_tol=0 if exact else TOLERANCE)
     holds = holds or (math.isnan(recorded) and math.isnan(found))
@@ -206,7 +209,8 @@ def table_claims(file: Path, predictions: Predictions) -> list[Claim]:
     header, cells = make_table(predictions)
     expected = [[path, *map(str, own)] for path, own in zip(predictions.paths, cells, strict=True)]
     given = [[row.get(name) for name in ("path", *header)] for row in rows]
-    rounded = [name.startswith("probability_") for name in ("path", *header)]
+    has_classes = predictions.label_type != "regression"  # a target may have any name
+    rounded = [has_classes and name.startswith("probability_") for name in ("path", *header)]
     differing = sum(
         not all(map(_same_cell, one, other, rounded)) for one, other in zip(expected, given, strict=False)
     ) + abs(len(expected) - len(given))
@@ -252,7 +256,8 @@ def _evaluated_weights(run: RunDir, summary: Mapping[str, Any]) -> tuple[StateDi
         own = weights.metadata.get("last") or {}
         if epoch is not None and own.get("val_epoch") == epoch and weights.metadata.get("epoch") == epoch:
             what = f"loss of the summary, from {name}"
-            claim = _compare("loss", what, last.get("val_loss"), own.get("val_loss") or math.nan)
+            loss = own.get("val_loss")
+            claim = _compare("loss", what, last.get("val_loss"), loss if isinstance(loss, (int, float)) else math.nan)
             if not trained:
                 return weights, []
             if claim.verdict == "wrong" and _other_settings(run, weights):
