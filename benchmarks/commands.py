@@ -93,8 +93,7 @@ def data_wait(quick: bool) -> Report:
     the decoding: nothing is left to wait for.
     """
     report = Report("data_wait", "Waiting for data, by step of the demo", "% of a step")
-    # Muon, the demo's optimizer, multiplies in bfloat16, which a CPU may have to emulate: minutes for a larger model.
-    hidden = ["trainer/model=vitsmall", "num_frames=8", "trainer/optim=mae"]
+    hidden = ["trainer/model=vitsmall", "num_frames=8"]
     runs = {"the demo's model": [], "a model that hides it": hidden}
     with tempfile.TemporaryDirectory() as name:
         folder, data, steps = Path(name), Path(name) / "data", 4 if quick else 60

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.optim import Muon
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +34,7 @@ from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder, TargetNorm, reconstruction_loss, reconstruction_target
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 from omnivision.models.vit import VisionTransformer
+from omnivision.optim.muon import Muon
 from omnivision.optim.schedules import WarmupCosine
 from omnivision.utils.io import safe_load, write_json
 from omnivision_demo.person import JOINTS, Body, joints
@@ -340,7 +340,7 @@ def train(name: str, setup: Setup, folder: Path) -> None:
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer: torch.optim.Optimizer
     if setup.optimizer == "muon":
-        optimizer = Muon(groups, setup.lr, nesterov=True)
+        optimizer = Muon(groups, setup.lr)
     else:
         betas = (0.9, 0.95) if setup.stage == "mae" else (0.9, 0.999)  # as in the recipe
         optimizer = torch.optim.AdamW(groups, setup.lr, betas, fused=True)

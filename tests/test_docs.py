@@ -26,7 +26,6 @@ DOCS = ROOT / "docs"
 # Smaller than what people type, so that a test need not wait.
 QUICKER = {
     "small_data_ft ": "small_data_ft epochs=2 ",
-    "+experiments=demo/align ": "+experiments=demo/align trainer/optim=finetune ",  # the demo's Muon imports timm
     "launcher.experiment_log_dir=": "num_workers=0 image_size=48 short_side=54 num_frames=4 "
     "trainer.limit_train_batches=2 launcher.experiment_log_dir=",
 }

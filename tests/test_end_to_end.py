@@ -76,11 +76,11 @@ class Stage1(unittest.TestCase):
         self.assertEqual(*losses)
 
     def test_killed_and_resumed_with_an_optimizer_of_timm(self):
-        muon = "trainer/optim=muon"
-        runs.run(self.folder / "muon", *self.data, muon)
-        runs.run_and_kill(self.folder / "muon_resumed", 5, *self.data, muon, EVERY_STEP)
-        runs.run(self.folder / "muon_resumed", *self.data, muon, EVERY_STEP)
-        self.assert_same_weights(self.folder / "muon", self.folder / "muon_resumed")
+        lamb = "trainer.optim.optimizer._target_=timm.optim.Lamb", "~trainer.optim.optimizer.fused"
+        runs.run(self.folder / "lamb", *self.data, *lamb)
+        runs.run_and_kill(self.folder / "lamb_resumed", 5, *self.data, *lamb, EVERY_STEP)
+        runs.run(self.folder / "lamb_resumed", *self.data, *lamb, EVERY_STEP)
+        self.assert_same_weights(self.folder / "lamb", self.folder / "lamb_resumed")
 
     def test_a_finished_run_ends_at_once(self):
         before = (self.whole / "logs/metrics.jsonl").read_text()

@@ -204,8 +204,8 @@ class ScheduledOptimizer:
         """Load `optimizer.state_dict()`. Raises ValueError or KeyError for another optimizer or other groups."""
         own_groups = self.optimizer.state_dict()["param_groups"]
         for theirs, own in zip(state["param_groups"], own_groups, strict=False):  # torch checks their number
-            if differing := theirs.keys() ^ own.keys():
-                raise ValueError(f"options {', '.join(sorted(differing))} are only in one of the two")
+            if missing := own.keys() - theirs.keys():  # some optimizers, timm's Lamb, add their step to a group
+                raise ValueError(f"options {', '.join(sorted(missing))} are not in it")
         self.optimizer.load_state_dict(state)
 
     @property

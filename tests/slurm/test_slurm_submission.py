@@ -74,7 +74,6 @@ class Submitted(OnCluster):
         # Stage 1 on the demo's data.
         cls.demo = [
             sys.executable, str(runs.ROOT / "train_app_submitit.py"), "+experiments=demo/mae", "+trainer=mae_demo_config",
-            "trainer/optim=mae",  # the demo's imports timm, which takes as long as all else
             f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=1", "batch_size=8",
             "trainer.model.decoder.share=1",  # which masked tokens are decoded depends on the rank
             "num_workers=0",

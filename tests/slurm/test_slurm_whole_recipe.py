@@ -62,8 +62,7 @@ class Chain(OnCluster):
 
     @classmethod
     def command(cls, *arguments: str) -> list[str]:
-        # An optimizer that all stages can have: the demo's imports timm, which takes as long as all else.
-        return ["sh", SCRIPT, *arguments, "--config-dir", str(cls.folder / "ours"), "+site=lab", "trainer/optim=probe"]
+        return ["sh", SCRIPT, *arguments, "--config-dir", str(cls.folder / "ours"), "+site=lab"]
 
     def chain(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return self.shell(*self.command(*arguments), **RECIPE | more)
