@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo starter test lint bench gpu faults nightly docs clean
+.PHONY: demo starter test coverage lint bench gpu faults nightly docs clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ starter:
 
 # Test modules run in parallel (tests/parallel.py), as with `python -m unittest discover -s tests -t .`.
 test: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m unittest discover -s tests -t .
+
+# Which lines do the tests run? They take about twice as long.
+coverage: $(VENV)/.installed
 	rm -f .coverage .coverage.*
 	PATH="$(CURDIR)/$(BIN):$$PATH" COVERAGE_FILE="$(CURDIR)/.coverage" \
 		$(BIN)/python -m coverage run -m unittest discover -s tests -t .
@@ -48,9 +52,9 @@ gpu: $(VENV)/.bench
 faults: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
-# Tests too long for every change: the demo's claim, exports in five versions of transformers, thousands of faults, an
+# Tests too long for every change: coverage, the demo's claim, exports in five versions of transformers, thousands of faults, an
 # hour-long run.
-nightly: $(VENV)/.installed
+nightly: coverage
 	$(BIN)/python -m unittest -v tests.nightly_demo
 	$(BIN)/python -m unittest -v tests.nightly_transformers
 	$(BIN)/python -m tests.faults --nightly

@@ -300,7 +300,7 @@ def open_mutations(kind: str, seed: int, count: int, sources: list[str]) -> None
 # Arguments in `make test`, in `make faults`, in `make nightly`.
 FAULTS: dict[str, tuple[Callable[..., Outcome], tuple, tuple, tuple]] = {
     "kills_1": (killed_runs, (1, 1), (20, 1), (20, 1)),
-    "kills_2": (killed_runs, (1, 2), (20, 2), (20, 2)),
+    "kills_2": (killed_runs, (1, 2), (20, 2), (20, 2)),  # not in `make test`
     "kills_while_saving": (killed_while_saving, (4,), (100,), (100,)),
     "damaged_checkpoints": (damaged_checkpoints, (10,), (50,), (500,)),
     "full_disk": (full_disk, (), (), ()),

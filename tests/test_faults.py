@@ -12,7 +12,7 @@ from tests import faults
 
 class Guarantees(unittest.TestCase):
     def test_each_holds(self):
-        for name in faults.FAULTS:
+        for name in faults.FAULTS.keys() - {"kills_2"}:  # test_end_to_end kills two processes
             with self.subTest(name):
                 self.assertEqual(faults.inject(name, 0).problems(), [])
 

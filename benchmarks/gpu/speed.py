@@ -55,7 +55,7 @@ class Speed:
         self.steps: list[dict[str, Any]] = []
         self.profiles: dict[str, str] = {}
         self.failed: list[str] = []
-        self.rate = matmul_rate(1024 if quick else 8192)
+        self.rate = matmul_rate(128 if quick else 8192)
         self.report.facts["matrix product in bf16, TFLOP/s"] = self.rate / 1e12
         self.has_peer = self.report.works("transformers", importlib.import_module, "transformers")
         if not self.has_peer:

@@ -22,7 +22,7 @@ from omnivision.config.schema import InstantiateConfig
 # (torch.nn.modules.module.torch.load would unpickle).
 OWN_PACKAGES = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 ALLOWED_MODULES = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
-INJECTED_ARGS = ("classes", "labels", "label_counts")  # filled in from the catalog
+INJECTED_ARGS = ("classes", "labels", "label_counts", "params")  # from the catalog; an optimizer's parameters
 
 
 class TargetError(Exception):
