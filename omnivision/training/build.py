@@ -43,7 +43,7 @@ from omnivision.training import flops
 from omnivision.training.evaluate import evaluation_settings
 from omnivision.training.online_eval import OnlineEval, OnlineSource, require_trunk
 from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
-from omnivision.utils.errors import UserError, collect_problems, is_out_of_memory
+from omnivision.utils.errors import StopRequested, UserError, causes, collect_problems, is_out_of_memory
 from omnivision.utils.signals import StopSignal
 
 Splits = tuple[list[Split], list[Split]]  # training splits, validation splits
@@ -58,6 +58,9 @@ def instantiate_target(target: InstantiateConfig, where: str, partial: bool = Fa
         make = instantiate(target, _convert_="all", _partial_=partial or bool(more))
         return make(**more) if more else make
     except Exception as error:
+        # A signal that arrives here may surface as whatever OmegaConf's cleanup raises.
+        if stop := next((cause for cause in causes(error) if isinstance(cause, StopRequested)), None):
+            raise stop from None
         cause: BaseException = error
         while isinstance(cause, (InstantiationException, ImportError)) and cause.__cause__ is not None:
             cause = cause.__cause__

@@ -13,7 +13,7 @@ from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.training import build, preflight
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import SHARDS_PREFIX
 from tests import runs
 from tests import stage_runs as stages
@@ -225,6 +225,16 @@ class ClassesOfOnesOwn(unittest.TestCase):
                 settings = settings_of("mae", *mask, "trainer.trust_targets=[my_lab]")
                 built = build.instantiate_target(settings.trainer.data.mask, "trainer.data.mask")
                 self.assertEqual(built((2, 4, 4), None).sum(), 16)
+
+    def test_a_signal_that_a_library_turns_into_another_error_stops_the_run(self):
+        def interrupted(*_: object, **__: object) -> None:
+            try:
+                raise StopRequested("SIGTERM")
+            finally:
+                raise AttributeError("of its cleanup")
+
+        with mock.patch.object(build, "instantiate", interrupted), self.assertRaises(StopRequested):
+            build.instantiate_target({"_target_": "torch.nn.Linear"}, "trainer.model")
 
 
 if __name__ == "__main__":
