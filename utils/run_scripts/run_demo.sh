@@ -50,6 +50,7 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+mkdir -p "$DEMO"
 omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:---synthetic $((125 * (MINUTES - 2)))}
 
 beside scratch stage scratch finetune mae_ft_demo_config null \
