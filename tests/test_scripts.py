@@ -354,5 +354,37 @@ class Runs(Noted):
             self.assertEqual((given[name] - kept[name]).abs().max().item(), 0, name)
 
 
+class Demo(OnPath):
+    """run_demo.sh with programs that only write their arguments down."""
+
+    def setUp(self):
+        super().setUp()
+        self.python_folder = self.folder / "bin"
+        self.python_folder.mkdir()
+        for name in ("python", "omnivision"):
+            program = self.python_folder / name
+            program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{self.folder}/called"\n')
+            program.chmod(0o755)
+
+    def test_videos_and_runs_in_other_folders(self):
+        folders = {"DEMO": str(self.folder / "new/runs"), "DATA": str(self.folder / "videos")}
+        result = self.call("run_demo.sh", "trainer.seed_value=7", MINUTES="10", **folders)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        first, *calls = (self.folder / "called").read_text().splitlines()
+        self.assertEqual(first, f"omnivision demo-data {folders['DATA']} --synthetic 1000")
+        stages_run = [call for call in calls if "train_app_submitit.py" in call]
+        self.assertEqual(len(stages_run), 8)
+        for call in stages_run:
+            self.assertIn(f" data_root={folders['DATA']} ", call)
+            self.assertTrue(call.endswith(" trainer.seed_value=7"), call)
+        self.assertIn("\nThe demo took 0 min ", result.stdout)
+
+    def test_minutes_that_are_none(self):
+        for minutes in ("2", "1000", "08", "six", "-5"):
+            result = self.call("run_demo.sh", MINUTES=minutes)
+            self.assertEqual((result.returncode, result.stderr), (2, "MINUTES must be a whole number from 3 to 999.\n"))
+        self.assertFalse((self.folder / "called").exists())
+
+
 if __name__ == "__main__":
     unittest.main()
