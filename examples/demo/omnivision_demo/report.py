@@ -115,7 +115,7 @@ def collect_xrays(demos: Sequence[Path]) -> list[dict[str, Any]]:
     """Return for each examined run its top-1 under each change, and the verdict: one value per seed."""
     by_seed = [{run.name: run.xrays for run in find_runs([demo]) if run.xrays} for demo in demos]
     rows = []
-    for name, xrays in by_seed[0].items():
+    for name, xrays in sorted(by_seed[0].items()):  # runs side by side may start in any order
         for source, first in xrays.items():
             found = [seed[name][source] for seed in by_seed]
             top1 = {change: [own.top1[change][0] for own in found] for change in first.top1}
