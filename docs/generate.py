@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"
 PARTS = ("trainer/model", "trainer/data", "trainer/task", "trainer/optim")
 # Arguments that are no settings: other settings give them.
-GIVEN = (*INJECTED_ARGS, "lr", "weight_decay")
+GIVEN = (*INJECTED_ARGS, "params", "lr", "weight_decay")
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MARK = "<!-- Everything below is written by docs/generate.py -->\n"
 RESULTS = r"(<!-- docs/generate.py: results of {} -->\n).*?(<!-- end -->)"

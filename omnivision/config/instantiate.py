@@ -22,7 +22,7 @@ from omnivision.config.schema import InstantiateConfig
 # (torch.nn.modules.module.torch.load would unpickle).
 OWN_PACKAGES = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 ALLOWED_MODULES = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
-INJECTED_ARGS = ("classes", "labels", "label_counts", "params")  # from the catalog; an optimizer's parameters
+INJECTED_ARGS = ("classes", "labels", "label_counts")  # filled in from the catalog
 
 
 class TargetError(Exception):
@@ -108,8 +108,8 @@ def arguments_of(target: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name, parameter in signature.items():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in INJECTED_ARGS:
-            # `instantiate_target` gives classes of other packages what they lack, e.g. the parameters.
-            required = parameter.default is parameter.empty and target.startswith("omnivision.")
+            # `instantiate_target` gives optimizers their parameters, and classes of other packages what they lack.
+            required = parameter.default is parameter.empty and target.startswith("omnivision.") and name != "params"
             field = Field(... if required else None, alias=name)
             fields[f"argument_{name}"] = (_to_config_type(hints.get(name)), field)
     any_name = not signature or any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
