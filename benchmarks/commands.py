@@ -93,8 +93,7 @@ def data_wait(quick: bool) -> Report:
     the decoding: nothing is left to wait for.
     """
     report = Report("data_wait", "Waiting for data, by step of the demo", "% of a step")
-    hidden = ["trainer/model=vitsmall", "num_frames=8"]
-    runs = {"the demo's model": [], "a model that hides it": hidden}
+    runs = {"the demo's model": [], "a model that hides it": ["trainer/model=vitsmall", "num_frames=8"]}
     with tempfile.TemporaryDirectory() as name:
         folder, data, steps = Path(name), Path(name) / "data", 4 if quick else 60
         demo_data(data, "--val=1", *(["--train=16"] if quick else ["--train=160"]))

@@ -27,7 +27,7 @@ COEFFICIENTS = (
 class Muon(torch.optim.Optimizer):
     """Gives all directions of a matrix the same step, as large as AdamW's, so that AdamW's learning rates fit.
 
-    Parameters with less than two rows or columns (rows: the first axis) are trained by NAdamW.
+    Parameters with fewer than two rows or columns (rows: the first axis) are trained by NAdamW.
     """
 
     def __init__(

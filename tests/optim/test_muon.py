@@ -25,8 +25,6 @@ class MuonTest(unittest.TestCase):
                 nn.Linear(32, 6),
             )
             model = nn.Sequential(*parts)
-            for linear in (model[3], model[5]):
-                linear.weight.data.mul_(3)
             stepper = optimizer(model.parameters(), lr=1e-2, weight_decay=0.05, **options)
             for clips in torch.randn(20, 16, 3, 2, 4, 4):
                 model(clips).square().mean().backward()
