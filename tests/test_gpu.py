@@ -287,7 +287,11 @@ class Failures(Folder):
                 raise device.UserError("seed_2/probe ended with exit code 70")
             run.rows.append({"run": name, "seed": seed, "passes": 10, "top1": None if name == "mae" else 50.0 * seed})
 
-        with mock.patch.object(recipe, "write_demo_data"), mock.patch.object(recipe.Recipe, "train", trained):
+        with (
+            mock.patch.object(recipe, "QUICK_SEEDS", recipe.SEEDS),
+            mock.patch.object(recipe, "write_demo_data"),
+            mock.patch.object(recipe.Recipe, "train", trained),
+        ):
             self.assertEqual(self.main("--recipe", "1"), 1)
         text = (self.out / "recipe.md").read_text()
         self.assertIn("| finetune | align_synthetic | 12 | 10 | 50.0, 100.0 | 75.0 | 16.7 |", text)

@@ -1,5 +1,7 @@
 """A test case with a cluster of its own, on which the real command is submitted."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -9,7 +11,9 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
+from omnivision import train
 from tests import runs
 from tests.slurm.cluster import Cluster, missing, wait
 
@@ -54,19 +58,31 @@ class OnCluster(unittest.TestCase):
 
     def shell(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
         """A command on what would be the login node."""
-        path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
         return subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.cluster.environment | ONE_THREAD | LEFTOVERS | {"PATH": path} | more,
-            capture_output=True,
-            text=True,
-            timeout=300,
+            command, cwd=self.folder, env=self.login_node(**more), capture_output=True, text=True, timeout=300
         )
+
+    def login_node(self, **more: str) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
+        return self.cluster.environment | ONE_THREAD | LEFTOVERS | {"PATH": path} | more
+
+    def call(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """`shell` for the training command, in this process, which has imported torch already."""
+        with (
+            contextlib.chdir(self.folder),
+            mock.patch.dict(os.environ, self.login_node(**more), clear=True),
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+            self.assertRaises(SystemExit) as ended,
+        ):
+            train.main(command[2:])
+        return subprocess.CompletedProcess(command, ended.exception.code or 0, out.getvalue(), errors.getvalue())  # type: ignore[arg-type]
 
     def submit(self, *command: str, **more: str) -> str:
         """Submit what a command line describes; returns the id of its job."""
-        result = self.shell(*command, *SUBMITTED, **more)
+        return self.job_of(self.call(*command, *SUBMITTED, **more))
+
+    def job_of(self, result: subprocess.CompletedProcess[str]) -> str:
         self.assertEqual(result.returncode, 0, result.stderr)
         found = re.fullmatch(r"submitted job_id=(\S+) folder=\S+\n", result.stdout)
         assert found is not None, result.stdout

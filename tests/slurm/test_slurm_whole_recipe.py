@@ -89,8 +89,9 @@ class Chain(OnCluster):
         first = self.jobs(self.chain(), "submitted")
         told_time("run_ppma.sh, until it returned", began)
         self.assertEqual(list(first), STAGES)
-        again = self.chain()
-        self.assertEqual(self.jobs(again, "queued"), first, again.stdout)
+        again = self.chain(AVERAGE="demo_synthetic", DOWNSTREAM="")  # of the six, these two
+        queued = {name: first[name] for name in ("mae", "align")}
+        self.assertEqual(self.jobs(again, "queued"), queued, again.stdout)
         self.cluster.ask("scontrol", "update", "PartitionName=main", "State=UP")
         self.wait_for_state(first["mae"], "COMPLETED")
         wait("it to align", lambda: history(self.folder / "ppma/align", "start"))
