@@ -50,6 +50,12 @@ def measure_coverage() -> Iterator[None]:
     measured.save()
 
 
+def start_process() -> None:
+    from tests.stage_runs import start_fork_server  # imports torch
+
+    start_fork_server()
+
+
 def run_module(name: str, patterns: list[str] | None, verbosity: int) -> tuple[str, int, dict[str, list]]:
     """Run a module; return what it printed, its number of tests, and the lists of its result."""
     loader, printed = unittest.TestLoader(), io.StringIO()
@@ -75,7 +81,7 @@ class SideBySide(unittest.TestSuite):
             "OMP_NUM_THREADS", "1"
         )  # modules that share processors would wait for each other's threads
         verbosity = 2 if getattr(result, "showAll", False) else int(getattr(result, "dots", False))
-        with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), start_process) as pool:
             running = {pool.submit(run_module, name, self.patterns, verbosity): name for name in self.names}
             for future in as_completed(running):
                 try:

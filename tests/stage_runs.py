@@ -80,6 +80,12 @@ def command(stage: str, run_folder: Path, *overrides: str, dataset: str = "ucf10
     return [*chosen, f"launcher.experiment_log_dir={run_folder}", *SMALL, *overrides]
 
 
+def start_fork_server() -> None:
+    """Start the server that processes of tests are forked from, with what they import: what starts it first decides."""
+    multiprocessing.set_forkserver_preload(["omnivision.training.trainer", "torch._dynamo", "torch.distributed.fsdp"])
+    multiprocessing.forkserver.ensure_running()
+
+
 class Ranks:
     """Stands in for `multiprocessing`: forks the processes of a run from a server that has imported torch."""
 
@@ -87,8 +93,7 @@ class Ranks:
         self.folder, self.context = folder, multiprocessing.get_context("forkserver")
 
     def get_context(self, method: str) -> "Ranks":
-        self.context.set_forkserver_preload(["omnivision.training.trainer", "torch._dynamo", "torch.distributed.fsdp"])
-        multiprocessing.forkserver.ensure_running()
+        start_fork_server()
         return self
 
     def Process(self, target: Callable[..., None], args: tuple[Any, ...]) -> Any:

@@ -17,6 +17,7 @@ from omnivision.utils.io import write_json
 from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.spec import ACTIONS
 from tests.runs import read_metrics, read_summary
+from tests.stage_runs import start_fork_server
 
 SEEDS, QUICK_SEEDS = (1, 2), (1,)
 RENDERING = 0.1  # of the time
@@ -155,6 +156,7 @@ class Recipe:
 def run_recipe(folder: Path, minutes: float, quick: bool) -> None:
     """Run all stages with each seed; write recipe.json and recipe.md after each, then a reconstruction."""
     start = time.monotonic()
+    start_fork_server()  # had rendering started it, each data worker of a run would import torch
     for name in ("recipe.json", "recipe.md", "reconstruction.gif"):
         (folder / name).unlink(missing_ok=True)
     recipe = Recipe(folder, minutes, quick)
