@@ -54,10 +54,11 @@ gpu: $(VENV)/.bench
 faults: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
-# Tests too long for every change: coverage, the demo's claim, exports in five versions of transformers, thousands of faults, an
-# hour-long run.
+# Tests too long for every change: coverage, the demo's claim, a rehearsal of the recipe on a GPU, exports in five versions of
+# transformers, thousands of faults, an hour-long run.
 nightly: coverage
 	$(BIN)/python -m unittest -v tests.nightly_demo
+	$(MAKE) gpu GPU_ARGS="--quick --recipe 1"
 	$(BIN)/python -m unittest -v tests.nightly_transformers
 	$(BIN)/python -m tests.faults --nightly
 	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.config.test_fuzz
