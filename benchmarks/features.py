@@ -22,10 +22,10 @@ from omnivision.data.catalog import Split
 from omnivision.data.loader import LoaderConfig, load_batches
 from omnivision.models.vit import VisionTransformer
 from omnivision.probing.extract import Embedder, build_dataset, extract, part_batches
-from omnivision.probing.store import FeatureConfig
+from omnivision.probing.store import FeatureConfig, ModelRecord
 
 WORKERS = LoaderConfig(num_workers=1)
-MODEL = {"name": "benchmark", "sha256": "0" * 64, "checkpoint": ""}
+MODEL: ModelRecord = {"name": "benchmark", "sha256": "0" * 64, "checkpoint": ""}
 
 
 def load(embed: Embedder, split: Split) -> list[Batch]:

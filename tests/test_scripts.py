@@ -1,6 +1,7 @@
 """The scripts of the stages, `utils/run_scripts/run_*.sh`: what command they make of their variables, and that it runs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -377,6 +378,9 @@ class Demo(OnPath):
         for call in stages_run:
             self.assertIn(f" data_root={folders['DATA']} ", call)
             self.assertTrue(call.endswith(" trainer.seed_value=7"), call)
+        self.assertEqual(
+            re.findall(r"\n== Part (\d of \d), after 0 min ", result.stdout), [f"{n} of 5" for n in range(1, 6)]
+        )
         self.assertIn("\nThe demo took 0 min ", result.stdout)
 
     def test_minutes_that_are_none(self):

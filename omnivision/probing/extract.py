@@ -34,6 +34,7 @@ from omnivision.probing.store import (
     HEADER,
     FeatureConfig,
     Header,
+    ModelRecord,
     SplitRecord,
     differences,
     read_header,
@@ -205,7 +206,7 @@ def extract(
     embed: Embedder,
     split: Split,
     folder: Path,
-    model: dict[str, str],
+    model: ModelRecord,
     loader: LoaderConfig,
     rank: int = 0,
     world_size: int = 1,
@@ -215,7 +216,7 @@ def extract(
     """Write the missing features of a split to `folder`; its record has `rows` if none are missing any more.
 
     Args:
-        model: name, sha256 (which identifies it) and checkpoint, as in features.json.
+        model: as in features.json.
         rank: this process, of `world_size` that share the parts.
         track: shows the progress of an iterator with a number of items.
 
@@ -258,7 +259,7 @@ def part_file(target: Path, part: int) -> Path:
     return target / PARTS / f"{part:06d}.npz"
 
 
-def claim(folder: Path, model: dict[str, str], config: FeatureConfig, split: Split) -> SplitRecord:
+def claim(folder: Path, model: ModelRecord, config: FeatureConfig, split: Split) -> SplitRecord:
     """Add a split to features.json, or check that it is the same; return its record. Raises UserError as `extract`."""
     key = f"{split.name}/{split.which}"
     try:
@@ -271,7 +272,7 @@ def claim(folder: Path, model: dict[str, str], config: FeatureConfig, split: Spl
             data = {what: file_digest(Path(file)) for what, file in split.files().items()} | describe_dataset(split)
             saved = header.splits.get(key)
             differing = [
-                *differences({"sha256": header.model.get("sha256")}, {"sha256": model["sha256"]}),
+                *differences({"sha256": header.model["sha256"]}, {"sha256": model["sha256"]}),
                 *differences(header.config.model_dump(), config.model_dump()),
                 *(differences(saved.data, data) if saved else []),
             ]

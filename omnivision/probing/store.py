@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import TypedDict
 
 from omnivision.data.catalog import load_array, read_class_names
 from omnivision.utils.errors import UserError, truncate_list
@@ -45,6 +46,14 @@ class FeatureConfig(BaseModel):
     autocast: str | None = None  # dtype of matrix products, if not float32
 
 
+class ModelRecord(TypedDict):
+    """The model of the features; `sha256` identifies it."""
+
+    name: str
+    sha256: str  # of the weights
+    checkpoint: str
+
+
 class SplitRecord(BaseModel):
     """What identifies the data of a split, and its number of rows, None until all its features exist."""
 
@@ -62,7 +71,7 @@ class Header(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
-    model: dict[str, str]  # name, sha256, checkpoint
+    model: ModelRecord
     config: FeatureConfig
     splits: dict[str, SplitRecord] = {}  # by "<dataset>/<split>"
 

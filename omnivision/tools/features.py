@@ -20,7 +20,7 @@ from omnivision.utils.io import run_name
 
 if TYPE_CHECKING:
     from omnivision.data.catalog import Split
-    from omnivision.probing.store import FeatureConfig, SplitRecord
+    from omnivision.probing.store import FeatureConfig, ModelRecord, SplitRecord
     from omnivision.tools.video_model import VideoModel
 
 VIDEOS = "videos"  # the dataset's name for videos given by path
@@ -187,7 +187,11 @@ def extract_all(
     from omnivision.probing.extract import Embedder, extract
 
     rank, world_size, _ = process_position()
-    identity = {"name": run_name(model.path), "sha256": model.origin.sha256, "checkpoint": model.origin.checkpoint}
+    identity: ModelRecord = {
+        "name": run_name(model.path),
+        "sha256": model.origin.sha256,
+        "checkpoint": model.origin.checkpoint,
+    }
     loader = LoaderConfig(options.num_workers, pin_memory=model.device.type == "cuda")
     embed, records = Embedder(model.trunk, model.device, config), {}
     for split in splits:

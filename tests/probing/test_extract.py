@@ -1,5 +1,6 @@
 """Features: equal to the model's own, for any number of processes, after an interruption, and for windows of long videos."""
 
+import copy
 import json
 import tracemalloc
 import unittest
@@ -172,6 +173,20 @@ class Extract(tiny.WeightsCase):
             Path(path).write_bytes(b"not a video")
         with self.assertRaisesRegex(UserError, "None of the 7 videos"):
             self.extract("none", self.split())
+
+    def test_a_header_changed_by_hand_is_refused(self):
+        self.extract("out", self.split())
+        file = self.folder / "out" / "features.json"
+        header = json.loads(file.read_text())
+        for path in (("model", "sha256"), ("config", "clip_duration"), ("splits", "set/val", "samples")):
+            changed = copy.deepcopy(header)
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            del inner[path[-1]]
+            file.write_text(json.dumps(changed))
+            with self.assertRaisesRegex(UserError, f"{path[-1]}.*Extract the features again"):
+                self.extract("out", self.split())
 
     def test_windows(self):
         long = str(self.folder / "long.mp4")

@@ -24,10 +24,15 @@ stage() {
         "pretrained_checkpoint_path=$start" "launcher.experiment_log_dir=$DEMO/$name" "$@"
 }
 
+# part NUMBER WHAT: say what begins, and after how long.
+part() { printf '\n== Part %s of 5, after %s: %s\n' "$1" "$(elapsed)" "$2"; }
+elapsed() { seconds=$(($(date +%s) - start_time)) && echo "$((seconds / 60)) min $((seconds % 60)) s"; }
+
 # A run keeps one core busy, so runs that do not need one another go side by side.
 # beside NAME COMMAND...: start a command whose output is shown later, by `finish`.
 beside() {
     log=$DEMO/$1.log names="$names $1"
+    echo "Beside it: $1, whose output comes at the end of this part (until then in $log)"
     shift
     "$@" > "$log" 2>&1 &
     running="$running $!"
@@ -51,14 +56,17 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 mkdir -p "$DEMO"
+part 1 "render videos"
 omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:---synthetic $((125 * (MINUTES - 2)))}
 
+part 2 "stage 1"
 beside scratch stage scratch finetune mae_ft_demo_config null \
     "fine-tune a random trunk on the target, which stands for real people" "$@"
 stage mae mae mae_demo_config null \
     "pretrain a masked autoencoder on videos without real people, without labels" "$@"
 finish
 
+part 3 "alignment"
 beside align_nohuman stage align_nohuman align mae_ft_demo_nohuman_config "$DEMO/mae" \
     "align another copy with the labels of scenes without a person" epochs=10 "$@"
 beside finetune_mae stage finetune_mae finetune mae_ft_demo_config "$DEMO/mae" \
@@ -67,6 +75,7 @@ stage align_synthetic align mae_ft_demo_synthetic_config "$DEMO/mae" \
     "align its trunk with the labels of drawn figures" "$@"
 finish
 
+part 4 "the target"
 beside probe stage probe probe mae_ft_demo_config "$DEMO/align_synthetic" \
     "train a linear head on the frozen aligned trunk" "$@"
 beside average stage average average mae_ft_demo_config "[$DEMO/align_synthetic,$DEMO/align_nohuman]" \
@@ -75,7 +84,7 @@ stage finetune finetune mae_ft_demo_config "$DEMO/align_synthetic" \
     "fine-tune the aligned trunk" "$@"
 finish
 
-printf '\n== What are the frozen trunks worth on the target, and what do the models look at?\n'
+part 5 "what are the frozen trunks worth on the target, and what do the models look at?"
 for run in align_synthetic align_nohuman finetune; do
     beside "xray_$run" omnivision xray "$DEMO/$run" --clips 1 --crops 1 --workers 1
 done
@@ -87,7 +96,7 @@ omnivision runs --top1 "$DEMO"
 python -m omnivision_demo.report "$DEMO"
 cat <<END
 
-The demo took $((($(date +%s) - start_time) / 60)) min $((($(date +%s) - start_time) % 60)) s. Look at
+The demo took $(elapsed). Look at
   $DEMO/report.html: what was trained, what it learned and looks at, and all results (open it in a browser)
   $DEMO/*/summary.json and logs/metrics.jsonl: the metrics of each run
   tensorboard --logdir $DEMO
