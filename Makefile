@@ -9,7 +9,7 @@ DEMO := demo
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
-	# Compile on all cores; pip uses one. A package may contain templates, which are no Python.
+# Compile on all cores; pip uses one. A package may contain templates, which are no Python.
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compile.log || true
 	touch $@
 
