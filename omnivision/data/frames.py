@@ -236,7 +236,7 @@ class FrameFolder:
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         images.sort(key=natural_sort_key)
         if not images:
-            raise VideoDecodeError("the folder holds no images")
+            raise VideoDecodeError("the folder holds no images (give videos one by one: FOLDER/*.mp4)")
         series = group_series(images)
         if pattern is not None:
             images = series.get(pattern) or fnmatch.filter(images, pattern)

@@ -45,6 +45,10 @@ class FeatureConfig(BaseModel):
     dtype: Literal["float16", "float32"] = "float32"
     autocast: str | None = None  # dtype of matrix products, if not float32
 
+    def views(self) -> str:
+        """Describe the views of a video: "2 clips x 3 crops"."""
+        return f"{self.clips} clip{'s' * (self.clips > 1)} x {self.crops} crop{'s' * (self.crops > 1)}"
+
 
 class ModelRecord(TypedDict):
     """The model of the features; `sha256` identifies it."""

@@ -116,6 +116,7 @@ def probe(
             wait_for_features(folder, what.data or [])
         rows += probe_folder(folder, what, options.device, run)
     print_tables(rows)
+    print_text(f"Features and {RESULTS}: {', '.join(str(folder) for folder, _ in folders)}")
     if what.out is not None:
         write_json(what.out, rows)
         print_text(f"Wrote {what.out}")
@@ -223,6 +224,7 @@ def probe_folder(folder: Path, what: ProbeOptions, device: str, run: str) -> lis
             "dataset": name,
             "chance": 100 / data.classes,
             "train_videos": len(data.train),
+            "views": header.config.views(),
             "rank": board.rank_of(train),
             "results": results + attentive_results(run, name),
         }

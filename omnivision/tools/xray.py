@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,14 +85,17 @@ def xray(
         if not split.has_labels() or split.dataset.kind != "video" or split.label_type != "class":
             raise UserError(f"{split.name} must have videos with labels of the model's classes. Set --data NAME.")
         result, examples = examine(model, split, find_head(model, split), what.limit, views, options)
-        found[split.name] = summarize(result)
+        found[split.name] = summarize(result) | {"views": feature_config(model, views, options).views()}
         save_examples(examples, out, split.name)
         print_table(split.name, found[split.name])
         if lost := found[split.name]["unreadable"]:
             warn(f"{lost} videos of {split.name} could not be read. They are left out.")
-    write_json(
-        out / "xray.json", {"sha256": model.origin.sha256, "checkpoint": model.origin.checkpoint, "datasets": found}
-    )
+    file = out / "xray.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no earlier file, or a damaged one
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if earlier["sha256"] == model.origin.sha256:
+            found = earlier["datasets"] | found
+    write_json(file, {"sha256": model.origin.sha256, "checkpoint": model.origin.checkpoint, "datasets": found})
     print_text(f"Wrote {out}: xray.json and moving examples")
     return 0
 

@@ -66,13 +66,13 @@ Track = Callable[[Iterable[Batch], int], Iterable[Batch]]
 def verify_run(
     folder: Path, sample: int | None, device: torch.device, workers: int, track: Track = lambda batches, total: batches
 ) -> list[Claim]:
-    """Return the claims of a run with predictions, and whether they hold.
+    """Return the claims of a run, and whether they hold. Of a run without predictions: those about its checkpoints and lists.
 
     Args:
         sample: how many predictions of each source are recomputed; None for all.
         track: shows the progress of an iterator with a number of items.
 
-    Raises UserError for a folder that is not a run, and for a run without predictions.
+    Raises UserError for a folder that is not a run, and for predictions that cannot be read.
     """
     summary = RunDir(folder).read_summary()
     if not summary or not (folder / "config.yaml").is_file():
@@ -80,13 +80,16 @@ def verify_run(
             f"{folder} must be a run directory; it has no config.yaml, or no summary.json that can be read."
         )
     settings = read_run_config(folder / "config.yaml")
-    moved = (folder / "checkpoints").is_dir()  # with its checkpoints, perhaps from where the settings say
-    run = RunDir(folder, None if moved else settings.trainer.checkpoint.save_dir)
+    saved = Path(settings.trainer.checkpoint.save_dir)  # in the run directory, which may have moved, or elsewhere
+    run = RunDir(folder, None if saved == Path(settings.launcher.experiment_log_dir, "checkpoints") else saved)
     evaluation = summary.get("evaluation") or {}  # runs of earlier versions lack it
     files = {file.stem: file for file in sorted(run.predictions.glob("*.npz"))}
     files = {name: file for name, file in files.items() if name in (evaluation.get("sources") or files)}
     if not files:
-        raise UserError(f"{folder} has no predictions to verify. Give a run of a later stage that validates.")
+        claims = weight_claims(run)
+        if any(claim.what == LATEST and claim.verdict == "holds" for claim in claims):
+            claims += data_claims(settings, read_weights(run.checkpoints / LATEST))
+        return [*claims, Claim("predictions", "", "none: the run has not validated", "unchecked")]
     predictions = {name: _read(file) for name, file in files.items()}
     claims = [*metric_claims(summary, predictions, settings), *log_claims(run, summary)]
     claims += [claim for name, file in files.items() for claim in table_claims(file, predictions[name])]
@@ -95,7 +98,11 @@ def verify_run(
     claims += evaluated
     if weights is None:
         return claims
-    claims += data_claims(settings, weights)
+    lists = data_claims(settings, weights)
+    claims += lists
+    if missing := [claim.what for claim in lists if claim.verdict == "unchecked"]:
+        found = f"not recomputed without {truncate_list(missing)} (relative paths start at {Path.cwd()})"
+        return [*claims, Claim("predictions", "", found, "unchecked")]
     if changed := [claim.what for claim in claims if claim.verdict == "changed"]:
         found = f"not recomputed, because these have changed: {truncate_list(changed)}"
         return [*claims, Claim("predictions", "", found, "changed")]
@@ -285,8 +292,9 @@ def data_claims(settings: Settings, weights: StateDictFile) -> list[Claim]:
         try:
             found = file_digest(Path(resolve_path(getattr(split, what, None) or [], key)))
         except (UserError, OSError):
-            found = "missing"
-        claims.append(Claim(key, _short(digest), _short(found), "holds" if found == digest else "changed"))
+            claims.append(Claim(key, _short(digest), "missing", "unchecked"))
+        else:
+            claims.append(Claim(key, _short(digest), _short(found), "holds" if found == digest else "changed"))
     return claims
 
 

@@ -9,7 +9,9 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 
 from omnivision.checkpoint.inference_config import InferenceConfig
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.main import main
+from omnivision.tools.report.collect import find_runs, probe_tables
 from tests import stage_runs as stages
 from tests import tiny_models as tiny
 
@@ -61,6 +63,17 @@ class Probe(tiny.WeightsCase):
         again = self.call(folder, "--methods", "knn")
         self.assertEqual(again[0], 0, again[2])
         self.assertEqual(json.loads((folder / "probe.json").read_text())[0]["results"], rows[0]["results"][:1])
+
+    def test_a_report_names_views_that_differ(self):
+        RunDir(self.folder / "run").write_summary(status="finished", run={})
+        (self.folder / "run" / "config.yaml").write_text("{}")
+        data = "--data", "set", "--catalog", self.catalog, "--workers", 0, "--methods", "knn"
+        self.assertEqual(self.call(self.folder / "run", "random", *data, "--crops", 1, "--clips", 1)[0], 0)
+        names = {row[0] for row in probe_tables(find_runs([self.folder / "run"]))[0].rows}
+        self.assertEqual(names, {"run, random", "run"})
+        self.assertEqual(self.call(self.folder / "run", *data, "--crops", 3, "--clips", 2)[0], 0)
+        names = {row[0] for row in probe_tables(find_runs([self.folder / "run"]))[0].rows}
+        self.assertEqual(names, {"run, random (1 clip x 1 crop)", "run (2 clips x 3 crops)"})
 
     def test_invalid_input(self):
         paths = np.load(self.folder / "train_paths.npy").tolist()

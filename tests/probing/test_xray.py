@@ -128,6 +128,13 @@ class Command(tiny.WeightsCase):
         self.assertEqual(found["videos"], 9)
         self.assertEqual(set(found["top1"]), set(CHANGES))
         self.assertEqual(len(list((run / "xray").glob("ucf101_*.gif"))), 2)
+        self.assertEqual(found["views"], "1 clip x 1 crop")
+        catalog = self.folder / "catalog.yaml"
+        entry = f"val: {{paths: {self.folder}/ucf101_val_paths.npy, labels: {self.folder}/ucf101_val_labels.npy}}"
+        catalog.write_text(f"datasets:\n  other: {{num_classes: {stages.CLASSES}, {entry}}}\n")
+        self.assertEqual(main(["xray", str(run), "--data", "other", "--catalog", str(catalog), *common]), 0)
+        both = json.loads((run / "xray" / "xray.json").read_text())["datasets"]
+        self.assertEqual((set(both), both["ucf101"]), ({"ucf101", "other"}, found), "both are kept")
         self.assertEqual(main(["xray", str(run), "--data", "hmdb51", *common]), 1)  # other classes
         self.assertEqual(main(["xray", str(self.save_run(tiny.classifier(3))), *common]), 1)  # no run: --data
         self.assertEqual(main(["xray", str(self.save_run(tiny.autoencoder())), *common]), 1)

@@ -137,6 +137,23 @@ def replace_video_unnoticed(run: Path, data: Path) -> None:
     os.utime(data / "videos" / "0.mp4", (1, 1))
 
 
+def remove_checkpoints(run: Path, data: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def remove_labels(run: Path, data: Path) -> None:
+    (data / "ucf101_val_labels.npy").unlink()
+
+
+def remove_predictions(run: Path, data: Path) -> None:
+    shutil.rmtree(run / "predictions")
+
+
+def alter_unvalidated(run: Path, data: Path) -> None:
+    remove_predictions(run, data)
+    alter_checkpoint(run, data)
+
+
 class Verify(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
@@ -204,6 +221,37 @@ class Verify(unittest.TestCase):
             with self.subTest(alter.__name__):
                 code, verdicts = self.check(alter)
                 self.assertEqual((code, verdicts[claim]), (EXIT_CHANGED, "changed"), verdicts)
+
+    def test_missing_files_cannot_be_checked(self) -> None:
+        for alter, claim in (
+            (remove_checkpoints, "checkpoint.pt"),  # those of the run that was copied do not count
+            (remove_labels, "datasets.ucf101.val.labels"),
+        ):
+            with self.subTest(alter.__name__):
+                code, verdicts = self.check(alter)
+                self.assertEqual((code, verdicts[claim]), (0, "unchecked"), verdicts)
+                self.assertEqual(verdicts["predictions"], "unchecked", verdicts)
+
+    def test_a_run_that_has_not_validated(self) -> None:
+        for alter, expected in ((remove_predictions, (0, "holds")), (alter_unvalidated, (EXIT_CHANGED, "changed"))):
+            code, verdicts = self.check(alter)
+            self.assertEqual((code, verdicts["checkpoint.pt"]), expected, verdicts)
+            self.assertEqual(verdicts["predictions"], "unchecked")
+            self.assertEqual("datasets.ucf101.val.labels" in verdicts, expected[0] == 0)
+
+    def test_checkpoints_elsewhere(self) -> None:
+        run, saved = self.folder / "split_up", self.folder / "saved"
+        settings = [f"trainer.checkpoint.save_dir={saved}", "pretrained_checkpoint_path=null"]
+        data = [word for which in ("train", "val") for word in self.lists(which)]
+        result = stages.run_in_process(stages.command("ft", run, *data, *settings))
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(main(["verify", str(run), "--json", str(self.folder / "claims.json")]), 0)
+        claims = json.loads((self.folder / "claims.json").read_text())
+        self.assertEqual({claim["verdict"] for claim in claims}, {"holds"}, claims)
+
+    def lists(self, which: str) -> list[str]:
+        paths = [str(path) for path in sorted((self.data / "videos").glob("*.mp4"))]
+        return stages.write_split(self.data, "ucf101", which, paths)
 
     def test_no_run(self) -> None:
         self.assertEqual(main(["verify", str(self.data)]), 1)

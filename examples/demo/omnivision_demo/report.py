@@ -166,9 +166,10 @@ def render_page(demo: Path, results: Sequence[Result]) -> str:
         seeds=len(results[0].top1),
         chart=draw_chart(by_name),
         looks=[
-            (name, VERDICTS[found.verdict], found.top1["middle frame"][0], found.top1["background"][0])
+            (name, domain, VERDICTS[found.verdict], found.top1["middle frame"][0], found.top1["background"][0])
             for name, run in runs.items()
-            for found in run.xrays.values()
+            for domain, found in run.xrays.items()
+            if domain == expected.get(name)
         ],
         domains={heading: _clips(runs[run].predictions[domain]) for domain, (run, heading) in DOMAINS.items()},
         reconstructions=_reconstructions(runs) if "mae" in runs else [],
@@ -182,7 +183,7 @@ def draw_chart(results: Mapping[str, Result]) -> Markup:
     bars = graph.Bar(
         x=[result.mean for result in shown], y=list(ON_TARGET.values()), orientation="h",
         error_x={"array": [result.spread for result in shown], "color": "#999999"}, marker={"color": figures.COLORS[0]},
-        text=[f" {result.mean:.0f} % " for result in shown], textposition="inside", insidetextanchor="start",
+        text=[f" {result.mean:.1f} % " for result in shown], textposition="inside", insidetextanchor="start",
         hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
     )  # fmt: skip
     figure = graph.Figure(bars)

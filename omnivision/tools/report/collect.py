@@ -44,6 +44,7 @@ class ProbeRow(BaseModel):
     dataset: str
     chance: float
     train_videos: int
+    views: str = ""  # missing in older files
     rank: float
     results: list[ProbeResult]
 
@@ -65,6 +66,7 @@ class Xray(BaseModel):
     videos: int
     chance: float
     verdict: str
+    views: str = ""  # missing in older files
     top1: dict[str, Percent]
     loss: dict[str, Percent]
     classes: dict[str, XrayClass]
@@ -225,6 +227,8 @@ def probe_tables(runs: Sequence[Run]) -> list[ProbeTable]:
             for name, run, row in named
             if row.dataset == dataset and row.results
         }
+        if len({row.views for row in members.values()}) > 1:
+            members = {f"{name} ({row.views or 'unknown views'})": row for name, row in members.items()}
         first = next(iter(members.values()))
         methods = list(dict.fromkeys(result.method for row in members.values() for result in row.results))
         found = {name: {result.method: result for result in row.results} for name, row in members.items()}
