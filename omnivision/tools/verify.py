@@ -56,7 +56,7 @@ def verify(run: Annotated[Path, Parameter(name="RUN")], /, *, options: VerifyOpt
     checked holds; 3: weights or data changed; 4: numbers are wrong.
 
     Args:
-        run: The directory of a run of a later stage, which has validated.
+        run: The directory of a run. Of one that has not validated, only checkpoints and lists are compared.
     """
     import torch
 

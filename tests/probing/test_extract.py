@@ -207,6 +207,27 @@ class Extract(tiny.WeightsCase):
         expected = extraction.pool_tokens(model.trunk, views)[0].detach()
         np.testing.assert_allclose(found.features[row], expected, rtol=1e-5, atol=1e-5)
 
+    def test_windows_of_segments_have_times_in_the_video(self):
+        long = str(self.folder / "long.mp4")
+        write_video(long, np.random.default_rng(0).integers(0, 255, (100, 48, 64, 3), dtype=np.uint8), fps=25)
+        np.save(self.folder / "segments.npy", np.array([[2.0, 3.5]]))
+        split = self.split([long], segments=str(self.folder / "segments.npy"))
+        found = self.extract("out", split, FeatureConfig(clips=1, crops=1, clip_duration=0.5, stride=0.5))
+        np.testing.assert_allclose(found.times, [[2.0, 2.5], [2.5, 3.0], [3.0, 3.5]])
+
+    def test_parts_without_a_readable_window_stay_empty(self):
+        short = self.folder / "short.mp4"
+        write_video(short, np.zeros((5, 48, 64, 3), dtype=np.uint8), fps=25)
+        split = self.split(
+            [self.paths[0], *[str(short)] * 8, self.paths[1]]
+        )  # four parts; the second and the third have none
+        config = FeatureConfig(clips=1, crops=1, clip_duration=0.5, stride=0.5)
+        embed = extraction.Embedder(self.model.trunk, torch.device("cpu"), config)
+        dataset = extraction.build_dataset(split, self.model.trunk, config, None)
+        parts = dict(extraction.embed_parts(embed, dataset, [0, 1, 2, 3], LoaderConfig()))
+        self.assertEqual([set(part.index.tolist()) for part in parts.values()], [{0}, set(), set(), {9}])
+        self.assertEqual([len(part.unreadable) for part in parts.values()], [1, 1, 1, 0])  # one reason for equal paths
+
     def test_joining_parts_needs_no_more_memory_for_more_videos(self):
         parts, size, width = 100, 64, 512  # 13 MB of features
         split = self.split([f"/videos/{number:05}.mp4" for number in range(parts * size)])

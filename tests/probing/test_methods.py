@@ -1,6 +1,7 @@
 """Probes against scikit-learn's, and what they choose by."""
 
 import unittest
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class Methods(unittest.TestCase):
         found = methods.knn_scores(x, y, queries, (1, 7, 50), CLASSES)
         for k in (1, 7, 50):
             reference = KNeighborsClassifier(
-                k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / methods.TEMPERATURE)
+                k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07)
             ).fit(x, y)
             shares = found[k] / found[k].sum(1, keepdim=True)
             np.testing.assert_allclose(shares, reference.predict_proba(queries), atol=1e-4)
@@ -60,6 +61,12 @@ class Methods(unittest.TestCase):
                 )
                 found = model(scale(queries)).softmax(1)
                 np.testing.assert_allclose(found, reference.predict_proba(scale(queries).numpy()), atol=2e-3)
+
+    def test_stopping_early_is_not_converging(self) -> None:
+        x, y = clouds(120)
+        with mock.patch.object(methods, "MAX_ITERATIONS", 1):
+            (model,) = methods.fit_logistic(x.double(), y, [100.0], CLASSES)
+        self.assertFalse(model.converged)
 
     def test_sgd_separates_what_is_separable(self) -> None:
         (x, y), (queries, labels) = clouds(300, spread=0.3), clouds(90, 1, spread=0.3)
@@ -87,6 +94,16 @@ class Board(unittest.TestCase):
             self.assertEqual((right.chosen, right.held_out_top1), (other.chosen, other.held_out_top1), right.method)
             self.assertGreater(right.top1, other.top1 + 20)
 
+    def test_the_choice_is_fitted_to_the_whole_training_split(self) -> None:
+        given = data()
+        (result,) = probe(given, ["logistic"])
+        scale = StandardScaler().fit(given.train.features.double())
+        reference = LogisticRegression(C=result.chosen["C"], tol=1e-8, max_iter=10_000)
+        reference.fit(scale.transform(given.train.features.double()), given.train.labels)
+        found = reference.score(scale.transform(given.val.features.double()), given.val.labels)
+        self.assertAlmostEqual(result.top1, 100 * found)
+        self.assertGreater(result.chosen["C"], min(board.STRENGTHS))
+
     def test_groups_are_held_out_whole(self) -> None:
         features, labels = clouds(200)
         groups = [f"g{i // 10}" for i in range(200)]
@@ -98,6 +115,7 @@ class Board(unittest.TestCase):
         results = {result.method: result for result in probe(data(train=60), ["low-shot"])}
         self.assertEqual(list(results), ["1-shot", "5-shot", "10-shot", "1%", "10%"])  # classes of 12 videos
         self.assertEqual(len(results["1-shot"].draws), board.DRAWS)
+        self.assertGreater(len(set(results["1-shot"].draws)), 1, "other videos in each draw")
         self.assertGreater(results["10-shot"].top1, results["1-shot"].top1)
         self.assertEqual(results["1%"].top1, results["1-shot"].top1)  # of 12 videos, at least one
 
