@@ -379,6 +379,12 @@ class MultiLabelRun(Run):
         names = (self.folder / "out" / "class_names.txt").read_text().splitlines()
         self.assertEqual(names, ["jumping", "playing guitar", "singing"])
 
+    def test_rows_of_the_same_video_add_up(self) -> None:
+        rows = ["a\n0.mp4,b", *["a", "b"] * 5, "a"]  # two rows of the first video
+        self.prepare("path,labels", rows, "--label-type", "multi_label")
+        labels = np.load(self.folder / "out" / "train_labels.npy")
+        self.assertEqual((len(labels), labels[:3].tolist()), (12, [[1, 1], [1, 0], [0, 1]]))
+
     def test_columns_of_yes_and_no(self) -> None:
         rows = ["1,0", "0,1", "1,-1", ",1", "0,0", "yes,no", "1,1", "0,0", "1,0", "0,1", "1,1", "0,0"]
         self.prepare("video,a,b", rows, "--label-type", "multi_label", "--columns", "path=video,label=a,label=b")

@@ -15,7 +15,7 @@ from omnivision.config.validate import read_run_config
 from omnivision.reporting.predictions import Predictions, read_predictions, write_predictions
 from omnivision.tools.main import main
 from omnivision.tools.verify import EXIT_CHANGED, EXIT_WRONG
-from omnivision.training.verify import metric_claims
+from omnivision.training.verify import metric_claims, sum_losses
 from tests import stage_runs as stages
 
 
@@ -252,6 +252,12 @@ class Verify(unittest.TestCase):
     def lists(self, which: str) -> list[str]:
         paths = [str(path) for path in sorted((self.data / "videos").glob("*.mp4"))]
         return stages.write_split(self.data, "ucf101", which, paths)
+
+    def test_videos_without_a_label_count_in_no_metric(self) -> None:
+        scores = np.array([[2, 0, 0], [0, 3, 0], [0, 0, 4]], np.float32)
+        part = Predictions(np.arange(3), np.array([0, -1, 1]), scores, ["a.mp4", "b.mp4", "c.mp4"])
+        sums, videos = sum_losses(part, read_run_config(self.run_folder / "config.yaml"), "ucf101")
+        self.assertEqual((videos, sums["top1"], sums["top5"]), (2, 100.0, 200.0))
 
     def test_no_run(self) -> None:
         self.assertEqual(main(["verify", str(self.data)]), 1)
