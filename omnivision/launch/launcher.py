@@ -194,4 +194,7 @@ def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
 
 def _local_process(job: Job, rank_info: RankInfo) -> None:
     exit_with_parent(os.getppid())
-    sys.exit(run_rank(job, rank_info))
+    code = run_rank(job, rank_info)
+    for number in (signal.SIGINT, *STOP_SIGNALS):  # Ctrl-C reaches a rank twice: by the terminal and forwarded
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
